@@ -1,0 +1,78 @@
+// What one step needs, as plain arrays: the scheduler side fills them on the host, kernels read
+// them. Everything lives in one block of memory (engine/step_batch.h), so a step is one upload.
+#pragma once
+
+#include <cstdint>
+
+namespace ni {
+
+// One row to sample: a query row's logits become one token id (or, with `target >= 0`, the score of
+// a given one). Stop rules are not here: they belong to Scheduler::update.
+// Order of operations: raw logprobs are taken; then bias -> mask -> penalties -> temperature ->
+// top-k -> top-p -> min-p -> draw.
+struct SamplingRow {
+  float temperature = 1.0f;         // 0: greedy
+  float top_p = 1.0f;               // 1: off
+  float min_p = 0.0f;               // 0: off
+  float repetition_penalty = 1.0f;  // 1: off; over prompt and output tokens
+  float presence_penalty = 0.0f;    // over output tokens
+  float frequency_penalty = 0.0f;   // over output tokens
+  int32_t top_k = 0;                // 0: off
+  int32_t num_logprobs = -1;        // -1: none; 0: the chosen token's; n: also the n most likely
+  int32_t target = -1;              // >= 0: do not draw, score this token (prompt logprobs)
+  uint32_t choice = 0;              // with `seed` and `position`: the key of the random draw
+  uint64_t seed = 0;
+  int32_t position = 0;                      // position of the token that is drawn
+  int32_t counts_begin = 0, counts_end = 0;  // range in StepInputs::token_counts
+  int32_t bias_begin = 0, bias_end = 0;      // range in StepInputs::token_biases
+  int32_t mask_row = -1;  // row of StepInputs::token_masks; -1: every token allowed
+};
+
+// A token that the sequence already holds. Each id once per row.
+struct TokenCount {
+  int32_t token;
+  int32_t output_count;  // times in the output; 0 when only in the prompt
+};
+
+// Added to the logit; -infinity bans the token. An id may come twice: both are added.
+struct TokenBias {
+  int32_t token;
+  float bias;
+};
+
+// Copy-on-write: block `dst` becomes a copy of block `src`, in every layer, before the step's
+// writes.
+struct BlockCopy {
+  int32_t src;
+  int32_t dst;
+};
+
+// T query rows of S sequences, of which L rows yield logits. Decode rows come first.
+// Rows of one sequence are consecutive positions. Padding rows have slot_mapping -1 and write
+// nothing.
+struct StepInputs {
+  int32_t num_tokens = 0;  // T
+  int32_t num_seqs = 0;    // S
+  int32_t num_logits = 0;  // L
+  int32_t num_copies = 0;
+  int32_t max_query_len = 0;  // longest query of a sequence in this step
+  int32_t max_context_len = 0;
+  int32_t block_table_stride = 0;
+
+  const int32_t* token_ids = nullptr;     // [T]
+  const int32_t* positions = nullptr;     // [T]
+  const int64_t* slot_mapping = nullptr;  // [T] block * block_size + offset in the block; -1: none
+  const int32_t* cu_seqlens_q = nullptr;  // [S + 1] first query row of each sequence
+  const int32_t* context_lens = nullptr;  // [S] tokens in the cache, those of this step included
+  const int32_t* block_tables = nullptr;  // [S, block_table_stride]
+  const BlockCopy* copies = nullptr;      // [num_copies]
+
+  const int32_t* logits_rows =
+      nullptr;  // [L] query row; ascending; a row may come several times (n > 1)
+  const SamplingRow* sampling = nullptr;  // [L]
+  const TokenCount* token_counts = nullptr;
+  const TokenBias* token_biases = nullptr;
+  const uint32_t* token_masks = nullptr;  // [mask rows, ceil(vocab / 32)], bit set: allowed
+};
+
+}  // namespace ni

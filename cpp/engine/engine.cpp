@@ -1,0 +1,528 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "backend/registry.h"
+#include "core/check.h"
+
+namespace ni {
+namespace {
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+BlockManagerConfig block_config(const EngineConfig& config) {
+  BlockManagerConfig out;
+  out.num_blocks = config.num_blocks;
+  out.block_size = config.effective_block_size();
+  out.enable_prefix_caching = config.enable_prefix_caching && config.paged;
+  return out;
+}
+
+SchedulerConfig scheduler_config(const EngineConfig& config, const ModelConfig& model) {
+  SchedulerConfig out;
+  out.max_num_seqs = config.max_num_seqs;
+  out.max_num_batched_tokens = config.max_num_batched_tokens;
+  out.max_model_len = config.max_model_len;
+  out.max_waiting = config.max_waiting;
+  out.vocab_size = model.vocab_size;
+  out.max_logprobs = std::min(config.max_logprobs, model.vocab_size);
+  out.policy = config.policy;
+  out.enable_chunked_prefill = config.enable_chunked_prefill;
+  out.static_batching = config.static_batching;
+  out.eos_token_ids = config.eos_token_ids;
+  return out;
+}
+
+BackendOptions backend_options(const EngineConfig& config) {
+  BackendOptions out;
+  out.num_threads = config.num_threads;
+  out.isa = config.isa;
+  return out;
+}
+
+}  // namespace
+
+Engine::Engine(const EngineConfig& config, const ModelConfig& model)
+    : Engine(config, model, make_backend(config.device, backend_options(config))) {}
+
+Engine::Engine(const EngineConfig& config, const ModelConfig& model,
+               std::unique_ptr<Backend> backend)
+    : config_(config),
+      model_(model),
+      runner_(std::move(backend), model, runner_config(config)),
+      blocks_(block_config(config)),
+      scheduler_(scheduler_config(config, model), blocks_),
+      trace_(static_cast<size_t>(std::max(config.trace_capacity, 0))) {
+  check_arg(config.trace_capacity >= 0, "trace_capacity must not be negative, got ",
+            config.trace_capacity);
+}
+
+Engine::~Engine() {
+  shutdown();
+}
+
+RunnerConfig Engine::runner_config(const EngineConfig& config) {
+  RunnerConfig out;
+  out.dtype = config.dtype;
+  out.kv_dtype = config.kv_cache_dtype;
+  out.block_size = config.effective_block_size();
+  out.num_blocks = config.num_blocks;
+  out.max_model_len = config.max_model_len;
+  out.max_num_seqs = config.max_num_seqs;
+  out.max_num_batched_tokens = config.max_num_batched_tokens;
+  out.max_logprobs = config.max_logprobs;
+  out.eos_token_ids = config.eos_token_ids;
+  return out;
+}
+
+void Engine::finish_loading() {
+  runner_.finish_loading();
+  loaded_ = true;
+  publish();
+}
+
+void Engine::start() {
+  check_arg(loaded_, "start() needs finish_loading() first");
+  check_arg(!thread_.joinable() && !stopping_, "the engine has already been started");
+  thread_ = std::thread([this] { loop(); });
+}
+
+void Engine::shutdown() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopped_) return;
+    stopping_ = true;
+  }
+  inbox_ready_.notify_all();
+  if (thread_.joinable()) {
+    thread_.join();
+  } else {
+    abort_all();
+  }
+}
+
+// -- Any thread -------------------------------------------------------------------------------
+
+void Engine::submit(Request request) {
+  InboxItem item;
+  item.arrival = now();
+  const uint64_t id = request.id;
+  const auto reject = [this](const auto& error) {
+    ++published_.received;
+    ++published_.rejected;
+    throw error;
+  };
+  try {
+    scheduler_.validate(request);
+  } catch (const std::invalid_argument& error) {
+    const std::lock_guard lock(mutex_);
+    reject(error);
+  }
+  item.request = std::make_shared<const Request>(std::move(request));
+  {
+    const std::lock_guard lock(mutex_);
+    if (stopping_) reject(std::runtime_error("the engine has been shut down"));
+    if (!published_.healthy)
+      reject(std::runtime_error("the engine has failed and takes no requests"));
+    if (live_.contains(id))
+      reject(std::invalid_argument(concat("request id ", id, " is already in use")));
+    const int waiting = published_.waiting + inbox_requests_;
+    if (config_.max_waiting > 0 && waiting >= config_.max_waiting)
+      reject(QueueFull(concat("the waiting queue is full: ", waiting,
+                              " requests wait, max_waiting is ", config_.max_waiting)));
+    ++published_.received;
+    ++inbox_requests_;
+    live_.insert(id);
+    inbox_.push_back(std::move(item));
+  }
+  inbox_ready_.notify_one();
+}
+
+void Engine::abort(uint64_t request_id, int choice, FinishReason reason) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!live_.contains(request_id)) return;
+    InboxItem item;
+    item.abort = {request_id, choice, reason};
+    inbox_.push_back(std::move(item));
+  }
+  inbox_ready_.notify_one();
+}
+
+std::vector<Output> Engine::wait_outputs(double timeout) {
+  std::unique_lock lock(mutex_);
+  const auto ready = [this] { return !outbox_.empty() || stopped_; };
+  if (timeout < 0) {
+    outbox_ready_.wait(lock, ready);
+  } else {
+    outbox_ready_.wait_for(lock, std::chrono::duration<double>(timeout), ready);
+  }
+  return std::exchange(outbox_, {});
+}
+
+EngineStats Engine::stats() const {
+  const std::lock_guard lock(mutex_);
+  EngineStats out = published_;
+  out.waiting += inbox_requests_;
+  return out;
+}
+
+// -- The engine thread ------------------------------------------------------------------------
+
+void Engine::loop() {
+  while (true) {
+    {
+      std::unique_lock lock(mutex_);
+      inbox_ready_.wait(lock, [this] {
+        return stopping_ || (counters_.healthy && (!inbox_.empty() || scheduler_.has_work()));
+      });
+      if (stopping_) break;
+    }
+    run_step();
+  }
+  abort_all();
+}
+
+bool Engine::step() {
+  check_idle_caller();
+  check_arg(loaded_, "step() needs finish_loading() first");
+  return run_step();
+}
+
+void Engine::check_idle_caller() const {
+  check_arg(!thread_.joinable(), "the engine thread is running: this call is for stepping by hand");
+}
+
+bool Engine::run_step() {
+  if (!counters_.healthy) return false;
+  bool worked = false;
+  try {
+    drain_inbox();
+    if (scheduler_.has_work()) {
+      const StepPlan& plan = scheduler_.schedule();
+      if (!plan.empty()) {
+        worked = true;
+        run_plan(plan);
+      }
+    }
+    if (config_.check_invariants) scheduler_.check_invariants();
+  } catch (const std::exception& error) {
+    break_down(error.what());
+    worked = true;
+  }
+  worked |= !produced_.empty();
+  publish();
+  return worked;
+}
+
+void Engine::drain_inbox() {
+  {
+    const std::lock_guard lock(mutex_);
+    drained_.swap(inbox_);
+    published_.waiting += std::exchange(inbox_requests_, 0);
+  }
+  for (InboxItem& item : drained_) {
+    if (item.request != nullptr) {
+      times_[item.request->id] = {item.arrival, 0.0};
+      scheduler_.add(std::move(item.request));
+    } else {
+      scheduler_.abort(item.abort.request_id, item.abort.choice, item.abort.reason, updates_);
+    }
+  }
+  drained_.clear();
+  if (updates_.empty()) return;
+  step_end_ = now();
+  emit_ended("");
+}
+
+void Engine::run_plan(const StepPlan& plan) {
+  const double start = now();
+  for (const StepPlan::Event& event : plan.admitted)
+    times_[event.request_id].first_scheduled = start;
+  if (trace_.enabled()) begin_record(plan);
+  for (const ScheduledSequence& item : plan.items)
+    if (!item.is_decode) counters_.prompt_tokens += static_cast<uint64_t>(item.num_query);
+  bool failed = false;
+  try {
+    runner_.launch(plan);
+    const StepResult& result = runner_.collect();
+    step_end_ = now();
+    collect_outputs(plan, result);
+  } catch (const std::logic_error&) {
+    throw;
+  } catch (const std::exception& error) {
+    failed = true;
+    ++counters_.failed_steps;
+    fail_step(error.what());
+  }
+  ++counters_.steps;
+  counters_.last_step_time = step_end_;
+  if (trace_.enabled()) end_record(failed);
+}
+
+void Engine::collect_outputs(const StepPlan& plan, const StepResult& result) {
+  const std::vector<int32_t>& sample_rows = runner_.batch().sample_rows();
+  collect_prompt_logprobs(plan, result);
+  // A finished sequence is gone after update(): what is needed of its request is taken before.
+  std::vector<int> num_logprobs(plan.items.size());
+  for (size_t i = 0; i < plan.items.size(); ++i)
+    num_logprobs[i] = plan.items[i].seq->request->params.logprobs;
+  updates_.clear();
+  scheduler_.update(result.samples.data(), updates_);
+  for (const SequenceUpdate& update : updates_) {
+    Output out;
+    for (int i = 0; i < update.num_new_tokens; ++i) {
+      const int sample = update.first_sample + i;
+      out.token_ids.push_back(result.samples[static_cast<size_t>(sample)]);
+      const int wanted = num_logprobs[static_cast<size_t>(update.item)];
+      if (wanted >= 0)
+        out.logprobs.push_back(
+            row_logprobs(result, sample_rows[static_cast<size_t>(sample)], wanted));
+    }
+    counters_.generated_tokens += out.token_ids.size();
+    emit(update, std::move(out));
+  }
+  updates_.clear();
+}
+
+// Prompt log-probabilities are the request's, not a choice's: they go out as choice 0.
+void Engine::collect_prompt_logprobs(const StepPlan& plan, const StepResult& result) {
+  const std::vector<LogitsRow>& rows = runner_.batch().rows();
+  for (size_t row = 0; row < rows.size();) {
+    if (rows[row].prompt_index < 0) {
+      ++row;
+      continue;
+    }
+    const int item = rows[row].item;
+    Sequence& seq = *plan.items[static_cast<size_t>(item)].seq;
+    Output out;
+    for (; row < rows.size() && rows[row].item == item && rows[row].prompt_index >= 0; ++row) {
+      out.prompt_logprobs.push_back(
+          row_logprobs(result, static_cast<int>(row), seq.request->params.prompt_logprobs));
+      seq.num_prompt_scored = rows[row].prompt_index;
+    }
+    SequenceUpdate update;
+    update.request_id = seq.request->id;
+    update.choice = seq.choice;
+    update.num_cached = seq.num_cached;
+    emit(update, std::move(out));
+  }
+}
+
+TokenLogprobs Engine::row_logprobs(const StepResult& result, int row, int num_logprobs) const {
+  const auto r = static_cast<size_t>(row);
+  const ptrdiff_t first = static_cast<ptrdiff_t>(row) * config_.max_logprobs;
+  TokenLogprobs out;
+  out.token_id = result.token_ids[r];
+  out.logprob = result.logprobs[r];
+  out.rank = result.ranks[r];
+  out.top_ids.assign(result.top_ids.begin() + first, result.top_ids.begin() + first + num_logprobs);
+  out.top_logprobs.assign(result.top_logprobs.begin() + first,
+                          result.top_logprobs.begin() + first + num_logprobs);
+  return out;
+}
+
+void Engine::emit(const SequenceUpdate& update, Output output) {
+  output.request_id = update.request_id;
+  output.choice = update.choice;
+  output.num_cached = update.num_cached;
+  output.finish_reason = update.finish_reason;
+  output.stop_token = update.stop_token;
+  output.request_done = update.request_done;
+  const Times& times = times_[update.request_id];
+  output.arrival_time = times.arrival;
+  output.first_scheduled_time = times.first_scheduled;
+  output.step_time = step_end_;
+  if (update.request_done) {
+    // A request counts by how its last choice ended.
+    if (update.finish_reason == FinishReason::abort) {
+      ++counters_.aborted;
+    } else if (update.finish_reason == FinishReason::error) {
+      ++counters_.failed;
+    } else {
+      ++counters_.finished;
+    }
+    done_ids_.push_back(update.request_id);
+    times_.erase(update.request_id);
+  }
+  produced_.push_back(std::move(output));
+}
+
+// Sequences that ended outside a step's result: aborted or failed ones.
+void Engine::emit_ended(const std::string& error) {
+  for (const SequenceUpdate& update : updates_) {
+    Output out;
+    if (update.finish_reason == FinishReason::error) out.error = error;
+    emit(update, std::move(out));
+  }
+  updates_.clear();
+}
+
+void Engine::fail_step(const std::string& error) {
+  updates_.clear();
+  scheduler_.fail(updates_);
+  step_end_ = now();
+  emit_ended(error);
+}
+
+// The engine's own bookkeeping is inconsistent: ends every request without asking the scheduler and
+// takes no further ones. The process, and with it the reader of outputs, lives on.
+void Engine::break_down(const std::string& error) {
+  counters_.healthy = false;
+  std::vector<uint64_t> ids;
+  {
+    const std::lock_guard lock(mutex_);
+    published_.healthy = false;  // from here on submit() refuses
+    ids.assign(live_.begin(), live_.end());
+    inbox_.clear();
+    inbox_requests_ = 0;
+  }
+  for (const uint64_t id : done_ids_) std::erase(ids, id);
+  step_end_ = now();
+  for (const uint64_t id : ids) {
+    SequenceUpdate update;
+    update.request_id = id;
+    update.finish_reason = FinishReason::error;
+    update.request_done = true;
+    Output out;
+    out.error = error;
+    emit(update, std::move(out));
+  }
+}
+
+void Engine::begin_record(const StepPlan& plan) {
+  StepRecord& record = trace_.scratch();
+  record.step = counters_.steps + 1;
+  record.start_time = now();
+  record.num_tokens = plan.num_tokens;
+  record.num_decodes = plan.num_decodes;
+  record.admitted = plan.admitted;
+  record.resumed = plan.resumed;
+  record.preempted = plan.preempted;
+  record.copies = plan.copies;
+  record.entries.resize(plan.items.size());
+  const int block_size = blocks_.block_size();
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    const ScheduledSequence& item = plan.items[i];
+    const Sequence& seq = *item.seq;
+    StepRecord::Entry& entry = record.entries[i];
+    entry.request_id = seq.request->id;
+    entry.choice = seq.choice;
+    entry.num_query = item.num_query;
+    entry.context_len = seq.num_computed + item.num_query;
+    entry.num_samples = item.num_samples;
+    entry.is_decode = item.is_decode;
+    // New in the running set: prefill from its cached prefix on, or a fork's first own step.
+    const bool fresh =
+        seq.num_computed == seq.num_cached || seq.num_output() <= 1 || !item.is_decode;
+    entry.first_block = fresh ? 0 : seq.num_computed / block_size;
+    entry.blocks.assign(seq.block_table.begin() + entry.first_block, seq.block_table.end());
+  }
+}
+
+void Engine::end_record(bool failed) {
+  StepRecord& record = trace_.scratch();
+  const SchedulerStats scheduler = scheduler_.stats();
+  const BlockManagerStats blocks = blocks_.stats();
+  record.end_time = step_end_;
+  record.failed = failed;
+  record.num_running = scheduler.num_running;
+  record.num_waiting = scheduler.num_waiting;
+  record.blocks_free = blocks.num_free;
+  record.blocks_cached = blocks.num_cached;
+  record.blocks_used = blocks.num_used;
+  record.finished.clear();
+  for (const Output& out : produced_)
+    if (out.finish_reason != FinishReason::none)
+      record.finished.push_back({out.request_id, out.choice, out.finish_reason});
+  trace_.push();
+}
+
+// Hands outputs over and makes the counters visible, in one go: they balance at every instant.
+void Engine::publish() {
+  const SchedulerStats scheduler = scheduler_.stats();
+  const BlockManagerStats blocks = blocks_.stats();
+  bool wake = false;
+  {
+    const std::lock_guard lock(mutex_);
+    const uint64_t received = published_.received, rejected = published_.rejected;
+    published_ = counters_;
+    published_.received = received;
+    published_.rejected = rejected;
+    published_.running = counters_.healthy ? scheduler.num_running_requests : 0;
+    published_.waiting = counters_.healthy ? scheduler.num_waiting_requests : 0;
+    published_.running_seqs = scheduler.num_running;
+    published_.waiting_seqs = scheduler.num_waiting;
+    published_.preemptions = scheduler.preemptions;
+    published_.cached_tokens = blocks.prefix_hits;
+    published_.blocks = blocks;
+    for (const uint64_t id : done_ids_) live_.erase(id);
+    wake = !produced_.empty();
+    if (outbox_.empty()) {
+      outbox_.swap(produced_);
+    } else {
+      outbox_.insert(outbox_.end(), std::make_move_iterator(produced_.begin()),
+                     std::make_move_iterator(produced_.end()));
+    }
+  }
+  done_ids_.clear();
+  produced_.clear();
+  if (wake) outbox_ready_.notify_all();
+}
+
+void Engine::abort_all() {
+  drain_inbox();
+  std::vector<uint64_t> ids;
+  {
+    const std::lock_guard lock(mutex_);
+    ids.assign(live_.begin(), live_.end());
+  }
+  for (const uint64_t id : ids) scheduler_.abort(id, -1, FinishReason::abort, updates_);
+  step_end_ = now();
+  emit_ended("");
+  publish();
+  {
+    const std::lock_guard lock(mutex_);
+    stopped_ = true;
+  }
+  outbox_ready_.notify_all();
+}
+
+// -- Study and tests --------------------------------------------------------------------------
+
+bool Engine::reset_prefix_cache() {
+  check_idle_caller();
+  if (scheduler_.has_work()) return false;
+  blocks_.reset_prefix_cache();
+  publish();
+  return true;
+}
+
+std::vector<float> Engine::logits(const std::vector<int32_t>& tokens) {
+  check_idle_caller();
+  check_arg(loaded_, "logits() needs finish_loading() first");
+  Request request;
+  request.prompt = tokens;
+  request.params.max_tokens = 1;
+  scheduler_.validate(request);
+  Sequence lender;
+  lender.tokens = tokens;
+  std::vector<BlockCopy> copies;
+  check_runtime(blocks_.grow(lender, static_cast<int>(tokens.size()), copies),
+                "the cache has too few free blocks for ", tokens.size(), " tokens");
+  std::vector<float> out;
+  try {
+    out = runner_.logits(tokens, lender.block_table);
+  } catch (...) {
+    blocks_.free(lender);
+    throw;
+  }
+  blocks_.free(lender);
+  return out;
+}
+
+}  // namespace ni

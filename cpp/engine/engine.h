@@ -1,0 +1,187 @@
+// The engine: requests in, tokens out. One thread owns scheduler, block manager and model;
+// everybody else talks to it through an inbox and an outbox. It knows nothing of Python.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "engine/block_manager.h"
+#include "engine/model_runner.h"
+#include "engine/scheduler.h"
+#include "engine/trace.h"
+
+namespace ni {
+
+struct EngineConfig {
+  std::string device = "cpu";
+  std::string isa;            // CPU instruction set; empty: best
+  int num_threads = 0;        // 0: all available
+  DType dtype = DType::bf16;  // weights
+  DType kv_cache_dtype = DType::bf16;
+  int block_size = 16;
+  int num_blocks = 0;
+  bool paged = true;  // false: a sequence reserves max_model_len contiguous slots
+  bool enable_prefix_caching = true;
+  bool enable_chunked_prefill = true;
+  bool static_batching = false;
+  SchedulingPolicy policy = SchedulingPolicy::fcfs;
+  int max_model_len = 2048;
+  int max_num_seqs = 256;
+  int max_num_batched_tokens = 2048;
+  int max_waiting = 1024;  // 0: unbounded
+  int max_logprobs = 20;
+  std::vector<int32_t> eos_token_ids;
+  int trace_capacity = 1024;      // steps; 0: no trace
+  bool check_invariants = false;  // after every step
+
+  // Slots of a block. Unpaged is one block a sequence: the contiguous reservation of the engines
+  // before paging, with all its waste, through the same code.
+  int effective_block_size() const { return paged ? block_size : (max_model_len + 15) / 16 * 16; }
+};
+
+struct TokenLogprobs {
+  int32_t token_id = 0;
+  float logprob = 0.0f;
+  int32_t rank = 0;  // 1: the most likely
+  std::vector<int32_t> top_ids;
+  std::vector<float> top_logprobs;
+};
+
+// What one step (or an abort) did to one choice.
+struct Output {
+  uint64_t request_id = 0;
+  int choice = 0;
+  std::vector<int32_t> token_ids;
+  std::vector<TokenLogprobs> logprobs;         // one a token when asked for
+  std::vector<TokenLogprobs> prompt_logprobs;  // further prompt tokens, from the second on
+  int num_cached = 0;
+  FinishReason finish_reason = FinishReason::none;
+  int32_t stop_token = -1;
+  bool request_done = false;
+  std::string error;
+  double arrival_time = 0.0, first_scheduled_time = 0.0, step_time = 0.0;  // seconds, steady clock
+};
+
+// Requests: received = finished + aborted + rejected + failed + running + waiting, at all times.
+struct EngineStats {
+  uint64_t received = 0, finished = 0, aborted = 0, rejected = 0, failed = 0;
+  int running = 0, waiting = 0;
+  int running_seqs = 0, waiting_seqs = 0;
+  uint64_t steps = 0, failed_steps = 0;
+  uint64_t prompt_tokens = 0;  // computed
+  uint64_t cached_tokens = 0;  // taken from the prefix cache
+  uint64_t generated_tokens = 0;
+  uint64_t preemptions = 0;
+  BlockManagerStats blocks;
+  double last_step_time = 0.0;  // when the last step ended; 0: none yet
+  bool healthy = true;          // false: an internal error; nothing more is accepted
+};
+
+class Engine {
+ public:
+  Engine(const EngineConfig& config, const ModelConfig& model);
+  // With a backend of one's own (tests inject faults with it).
+  Engine(const EngineConfig& config, const ModelConfig& model, std::unique_ptr<Backend> backend);
+  ~Engine();
+
+  static RunnerConfig runner_config(const EngineConfig& config);
+
+  void load_weight(const std::string& slot, const Tensor& data) { runner_.load_weight(slot, data); }
+  void finish_loading();
+  void start();
+  // Stops after the step in flight; unfinished requests end with FinishReason::abort.
+  void shutdown();
+
+  // From any thread. submit throws std::invalid_argument, QueueFull, or std::runtime_error when the
+  // engine has stopped.
+  void validate(const Request& request) const { scheduler_.validate(request); }
+  void submit(Request request);
+  void abort(uint64_t request_id, int choice, FinishReason reason);
+  // Waits for outputs; returns none after `timeout` seconds (< 0: never) or when the engine has
+  // stopped.
+  std::vector<Output> wait_outputs(double timeout);
+  EngineStats stats() const;
+  std::vector<StepRecord> trace(uint64_t since) const { return trace_.read(since); }
+
+  // Drains the inbox and does one step on the caller's thread, if start() was not called.
+  // False: there was nothing to do.
+  bool step();
+  // False while requests are unfinished.
+  bool reset_prefix_cache();
+  std::vector<float> logits(const std::vector<int32_t>& tokens);
+
+  const EngineConfig& config() const { return config_; }
+  const ModelConfig& model_config() const { return model_; }
+  ModelRunner& runner() { return runner_; }
+  Scheduler& scheduler() { return scheduler_; }  // for tests that step by hand
+
+ private:
+  struct Abort {
+    uint64_t request_id;
+    int choice;
+    FinishReason reason;
+  };
+  struct InboxItem {  // a new request, or an abort
+    std::shared_ptr<const Request> request;
+    double arrival = 0.0;
+    Abort abort{};
+  };
+  struct Times {
+    double arrival = 0.0, first_scheduled = 0.0;
+  };
+
+  void loop();
+  void drain_inbox();
+  bool run_step();
+  void run_plan(const StepPlan& plan);
+  void collect_outputs(const StepPlan& plan, const StepResult& result);
+  void collect_prompt_logprobs(const StepPlan& plan, const StepResult& result);
+  TokenLogprobs row_logprobs(const StepResult& result, int row, int num_logprobs) const;
+  void emit(const SequenceUpdate& update, Output output);
+  void emit_ended(const std::string& error);
+  void fail_step(const std::string& error);
+  void break_down(const std::string& error);
+  void begin_record(const StepPlan& plan);
+  void end_record(bool failed);
+  void publish();
+  void abort_all();
+  void check_idle_caller() const;
+
+  const EngineConfig config_;
+  const ModelConfig model_;
+  ModelRunner runner_;
+  BlockManager blocks_;
+  Scheduler scheduler_;
+  Trace trace_;
+
+  // Owned by the engine thread.
+  std::vector<InboxItem> drained_;
+  std::vector<SequenceUpdate> updates_;
+  std::vector<Output> produced_;
+  std::unordered_map<uint64_t, Times> times_;
+  EngineStats counters_;  // its share of the statistics; published after every step
+  std::vector<uint64_t> done_ids_;
+  double step_end_ = 0.0;
+
+  // Shared.
+  mutable std::mutex mutex_;
+  std::condition_variable inbox_ready_, outbox_ready_;
+  std::vector<InboxItem> inbox_;
+  std::vector<Output> outbox_;
+  std::unordered_set<uint64_t> live_;  // submitted and not done
+  EngineStats published_;
+  int inbox_requests_ = 0;
+  bool stopping_ = false;
+  bool stopped_ = false;
+  bool loaded_ = false;
+  std::thread thread_;
+};
+
+}  // namespace ni

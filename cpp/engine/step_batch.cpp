@@ -1,0 +1,225 @@
+#include "engine/step_batch.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+namespace ni {
+namespace {
+
+// A token of the sequence followed by its drafts.
+int32_t token_at(const Sequence& seq, int index) {
+  const int known = seq.num_tokens();
+  return index < known ? seq.tokens[static_cast<size_t>(index)]
+                       : seq.draft_tokens[static_cast<size_t>(index - known)];
+}
+
+}  // namespace
+
+StepBatch::StepBatch(int block_size, int vocab_size, std::vector<int32_t> eos_token_ids)
+    : block_size_(block_size),
+      vocab_size_(vocab_size),
+      eos_token_ids_(std::move(eos_token_ids)),
+      count_index_(static_cast<size_t>(vocab_size)) {}
+
+void StepBatch::build(const StepPlan& plan) {
+  token_ids_.clear();
+  positions_.clear();
+  slot_mapping_.clear();
+  context_lens_.clear();
+  logits_rows_.clear();
+  sample_rows_.clear();
+  sampling_.clear();
+  counts_.clear();
+  biases_.clear();
+  masks_.clear();
+  rows_.clear();
+  cu_seqlens_q_.assign(1, 0);
+  copies_.assign(plan.copies.begin(), plan.copies.end());
+
+  inputs_ = StepInputs{};
+  for (const ScheduledSequence& item : plan.items) {
+    const int context = item.seq->num_computed + item.num_query;
+    inputs_.max_query_len = std::max(inputs_.max_query_len, item.num_query);
+    inputs_.max_context_len = std::max(inputs_.max_context_len, context);
+    inputs_.block_table_stride =
+        std::max(inputs_.block_table_stride, static_cast<int>(item.seq->block_table.size()));
+  }
+  block_tables_.assign(plan.items.size() * static_cast<size_t>(inputs_.block_table_stride), 0);
+  for (int i = 0; i < static_cast<int>(plan.items.size()); ++i) add_item(plan, i);
+
+  inputs_.num_tokens = static_cast<int32_t>(token_ids_.size());
+  inputs_.num_seqs = static_cast<int32_t>(plan.items.size());
+  inputs_.num_logits = static_cast<int32_t>(sampling_.size());
+  inputs_.num_copies = static_cast<int32_t>(copies_.size());
+  pack();
+}
+
+void StepBatch::add_item(const StepPlan& plan, int index) {
+  const ScheduledSequence& item = plan.items[static_cast<size_t>(index)];
+  const Sequence& seq = *item.seq;
+  const int first_row = static_cast<int>(token_ids_.size());
+  for (int i = 0; i < item.num_query; ++i) {
+    const int position = seq.num_computed + i;
+    const int64_t block = seq.block_table[static_cast<size_t>(position / block_size_)];
+    token_ids_.push_back(token_at(seq, position));
+    positions_.push_back(position);
+    slot_mapping_.push_back(block * block_size_ + position % block_size_);
+  }
+  cu_seqlens_q_.push_back(first_row + item.num_query);
+  context_lens_.push_back(seq.num_computed + item.num_query);
+  std::copy(seq.block_table.begin(), seq.block_table.end(),
+            block_tables_.begin() + static_cast<ptrdiff_t>(index) * inputs_.block_table_stride);
+
+  if (seq.request->params.prompt_logprobs >= 0) {  // the row at p scores prompt token p + 1
+    for (int i = 0; i < item.num_query; ++i) {
+      const int scored = seq.num_computed + i + 1;
+      if (scored < seq.num_prompt && scored > seq.num_prompt_scored)
+        add_score(seq, index, first_row + i, scored);
+    }
+  }
+  const int last_row = first_row + item.num_query - 1;
+  if (seq.forks) {
+    for (int c = 0; c < item.num_samples; ++c) add_row(seq, index, last_row, c, 0);
+  } else {
+    for (int s = 0; s < item.num_samples; ++s)
+      add_row(seq, index, last_row - (item.num_samples - 1) + s, seq.choice, s);
+  }
+}
+
+// A row that samples the token after `num_drafts` of the sequence's drafts.
+void StepBatch::add_row(const Sequence& seq, int item, int query_row, int choice, int num_drafts) {
+  const SamplingParams& p = seq.request->params;
+  SamplingRow row;
+  row.temperature = p.temperature;
+  row.top_p = p.top_p;
+  row.min_p = p.min_p;
+  row.top_k = std::max(p.top_k, 0);
+  row.repetition_penalty = p.repetition_penalty;
+  row.presence_penalty = p.presence_penalty;
+  row.frequency_penalty = p.frequency_penalty;
+  row.num_logprobs = p.logprobs;
+  row.choice = static_cast<uint32_t>(choice);
+  row.seed = p.seed;
+  row.position = positions_[static_cast<size_t>(query_row)] + 1;
+  add_mask(row, p);
+  add_biases(row, seq, num_drafts);
+  add_counts(row, seq, num_drafts);
+  sample_rows_.push_back(static_cast<int32_t>(sampling_.size()));
+  logits_rows_.push_back(query_row);
+  sampling_.push_back(row);
+  rows_.push_back({item, -1});
+}
+
+void StepBatch::add_score(const Sequence& seq, int item, int query_row, int prompt_index) {
+  SamplingRow row;
+  row.target = seq.tokens[static_cast<size_t>(prompt_index)];
+  row.num_logprobs = seq.request->params.prompt_logprobs;
+  logits_rows_.push_back(query_row);
+  sampling_.push_back(row);
+  rows_.push_back({item, prompt_index});
+}
+
+void StepBatch::add_mask(SamplingRow& row, const SamplingParams& params) {
+  if (params.allowed_token_ids.empty()) return;
+  const size_t words = (static_cast<size_t>(vocab_size_) + 31) / 32;
+  row.mask_row = static_cast<int32_t>(masks_.size() / words);
+  masks_.resize(masks_.size() + words, 0u);
+  uint32_t* mask = masks_.data() + masks_.size() - words;
+  for (const int32_t token : params.allowed_token_ids) mask[token / 32] |= 1u << (token % 32);
+}
+
+// logit_bias; end-of-sequence and stop tokens before min_tokens; last tokens of bad words whose
+// other tokens have just been generated.
+void StepBatch::add_biases(SamplingRow& row, const Sequence& seq, int num_drafts) {
+  constexpr float kBan = -std::numeric_limits<float>::infinity();
+  const SamplingParams& p = seq.request->params;
+  const int end = seq.num_tokens() + num_drafts;
+  row.bias_begin = static_cast<int32_t>(biases_.size());
+  biases_.insert(biases_.end(), p.logit_bias.begin(), p.logit_bias.end());
+  if (end - seq.num_prompt < p.min_tokens) {
+    if (!p.ignore_eos)
+      for (const int32_t token : eos_token_ids_) biases_.push_back({token, kBan});
+    for (const int32_t token : p.stop_token_ids) biases_.push_back({token, kBan});
+  }
+  for (const std::vector<int32_t>& word : p.bad_words) {
+    const int prefix = static_cast<int>(word.size()) - 1;
+    if (prefix > end - seq.num_prompt) continue;
+    bool matches = true;
+    for (int i = 0; i < prefix && matches; ++i)
+      matches = token_at(seq, end - prefix + i) == word[static_cast<size_t>(i)];
+    if (matches) biases_.push_back({word.back(), kBan});
+  }
+  row.bias_end = static_cast<int32_t>(biases_.size());
+}
+
+void StepBatch::add_counts(SamplingRow& row, const Sequence& seq, int num_drafts) {
+  if (row.repetition_penalty == 1.0f && row.presence_penalty == 0.0f &&
+      row.frequency_penalty == 0.0f)
+    return;
+  row.counts_begin = static_cast<int32_t>(counts_.size());
+  for (int i = 0; i < seq.num_tokens() + num_drafts; ++i) {
+    const int32_t token = token_at(seq, i);
+    int32_t& index = count_index_[static_cast<size_t>(token)];
+    if (index == 0) {
+      counts_.push_back({token, 0});
+      index = static_cast<int32_t>(counts_.size());
+    }
+    if (i >= seq.num_prompt) ++counts_[static_cast<size_t>(index - 1)].output_count;
+  }
+  row.counts_end = static_cast<int32_t>(counts_.size());
+  for (int32_t i = row.counts_begin; i < row.counts_end; ++i)
+    count_index_[static_cast<size_t>(counts_[static_cast<size_t>(i)].token)] = 0;
+}
+
+// Lays the arrays one after another (each 64-byte aligned) into the block.
+void StepBatch::pack() {
+  bytes_ = 0;
+  const auto reserve = [&](const auto& v) { bytes_ += (v.size() * sizeof(v[0]) + 63) / 64 * 64; };
+  const auto each = [&](const auto& visit) {
+    visit(token_ids_, inputs_.token_ids);
+    visit(positions_, inputs_.positions);
+    visit(slot_mapping_, inputs_.slot_mapping);
+    visit(cu_seqlens_q_, inputs_.cu_seqlens_q);
+    visit(context_lens_, inputs_.context_lens);
+    visit(block_tables_, inputs_.block_tables);
+    visit(copies_, inputs_.copies);
+    visit(logits_rows_, inputs_.logits_rows);
+    visit(sampling_, inputs_.sampling);
+    visit(counts_, inputs_.token_counts);
+    visit(biases_, inputs_.token_biases);
+    visit(masks_, inputs_.token_masks);
+  };
+  each([&](const auto& v, const auto*&) { reserve(v); });
+  if (block_.size() < bytes_) block_.resize(2 * bytes_);
+  char* next = block_.data();
+  each([&]<typename T>(const std::vector<T>& v, const T*& pointer) {
+    if (!v.empty()) std::memcpy(next, v.data(), v.size() * sizeof(T));
+    pointer = reinterpret_cast<const T*>(next);
+    next += (v.size() * sizeof(T) + 63) / 64 * 64;
+  });
+}
+
+StepInputs StepBatch::inputs_at(const void* base) const {
+  StepInputs in = inputs_;
+  const auto move = [&](auto*& pointer) {
+    using Pointer = std::remove_reference_t<decltype(pointer)>;
+    const ptrdiff_t offset = reinterpret_cast<const char*>(pointer) - block_.data();
+    pointer = reinterpret_cast<Pointer>(static_cast<const char*>(base) + offset);
+  };
+  move(in.token_ids);
+  move(in.positions);
+  move(in.slot_mapping);
+  move(in.cu_seqlens_q);
+  move(in.context_lens);
+  move(in.block_tables);
+  move(in.copies);
+  move(in.logits_rows);
+  move(in.sampling);
+  move(in.token_counts);
+  move(in.token_biases);
+  move(in.token_masks);
+  return in;
+}
+
+}  // namespace ni

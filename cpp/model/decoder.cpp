@@ -1,0 +1,94 @@
+#include "model/decoder.h"
+
+#include <cmath>
+
+namespace ni {
+
+Activations::Activations(const ModelConfig& config, DType dtype, int max_tokens, int max_logits) {
+  const int64_t t = max_tokens, hidden = config.hidden_size, inner = config.intermediate_size;
+  residual = Tensor(nullptr, dtype, {t, hidden});
+  normed = Tensor(nullptr, dtype, {t, hidden});
+  delta = Tensor(nullptr, dtype, {t, hidden});
+  qkv = Tensor(nullptr, dtype, {t, config.qkv_size()});
+  attn = Tensor(nullptr, dtype, {t, config.q_size()});
+  gate_up = Tensor(nullptr, dtype, {t, config.gated_mlp ? 2 * inner : inner});
+  act = Tensor(nullptr, dtype, {t, inner});
+  last = Tensor(nullptr, dtype, {max_logits, hidden});
+  logits = Tensor(nullptr, DType::f32, {max_logits, config.vocab_size});
+  for (Tensor* x : {&residual, &normed, &delta, &qkv, &attn, &gate_up, &act, &last, &logits}) {
+    // Until allocate(), `data` holds the offset.
+    x->data = reinterpret_cast<void*>(bytes_);
+    bytes_ += (static_cast<size_t>(x->numel()) * dtype_size(x->dtype) + 63) / 64 * 64;
+  }
+}
+
+void Activations::allocate(Backend& backend) {
+  buffer_ = backend.alloc(bytes_);
+  for (Tensor* x : {&residual, &normed, &delta, &qkv, &attn, &gate_up, &act, &last, &logits})
+    x->data = buffer_.data() + reinterpret_cast<size_t>(x->data);
+}
+
+Decoder::Decoder(const ModelConfig& config, const Weights& weights, const KvCache& cache,
+                 const RopeTables& ropes, Activations& activations, Backend& backend)
+    : config_(config),
+      weights_(weights),
+      cache_(cache),
+      ropes_(ropes),
+      acts_(activations),
+      backend_(backend),
+      norm_args_{config.norm, config.norm_eps} {}
+
+void Decoder::forward(const StepInputs& in) {
+  const int64_t t = in.num_tokens;
+  EmbedArgs embed;
+  if (config_.learned_positions) embed.positions = &weights_.positions;
+  backend_.embed(in, weights_.embed, embed, acts_.residual.rows(t));
+  backend_.norm(acts_.residual.rows(t), weights_.layers[0].attn_norm, norm_args_,
+                acts_.normed.rows(t));
+  for (size_t i = 0; i < weights_.layers.size(); ++i) layer(i, in);
+}
+
+// Pre-norm block. `normed` holds the normalised residual on entry and, for the next block, on exit:
+// the add and the norm that follows it are one operator.
+void Decoder::layer(size_t index, const StepInputs& in) {
+  const int64_t t = in.num_tokens;
+  const LayerWeights& w = weights_.layers[index];
+  const LayerConfig& c = config_.layers[index];
+  const KvView kv = cache_.layer(index);
+  const Tensor residual = acts_.residual.rows(t), normed = acts_.normed.rows(t);
+  const Tensor delta = acts_.delta.rows(t), qkv = acts_.qkv.rows(t), attn = acts_.attn.rows(t);
+  const Tensor gate_up = acts_.gate_up.rows(t), act = acts_.act.rows(t);
+
+  backend_.linear(normed, w.qkv, {}, qkv);
+  if (in.num_copies > 0) backend_.copy_blocks(in, kv);
+  RopeArgs rope = ropes_.args(c.rope);
+  rope.q_norm = w.q_norm;
+  rope.k_norm = w.k_norm;
+  rope.norm_eps = config_.norm_eps;
+  backend_.rope_kv_write(qkv, in, rope, kv);
+  AttnArgs attention;
+  attention.num_heads = config_.num_heads;
+  attention.scale = config_.attn_scale != 0.0f
+                        ? config_.attn_scale
+                        : 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  attention.window = c.window;
+  backend_.attention(qkv, in, attention, kv, attn);
+  backend_.linear(attn, w.o, {}, delta);
+  backend_.add_norm(delta, residual, w.mlp_norm, norm_args_, normed);
+
+  backend_.linear(normed, w.gate_up, {}, gate_up);
+  backend_.activation(gate_up, config_.act, config_.gated_mlp, act);
+  backend_.linear(act, w.down, {}, delta);
+  const bool is_last = index + 1 == weights_.layers.size();
+  const NormWeight& next = is_last ? weights_.final_norm : weights_.layers[index + 1].attn_norm;
+  backend_.add_norm(delta, residual, next, norm_args_, normed);
+}
+
+Tensor Decoder::logits(const StepInputs& in, int first, int count) {
+  const Tensor last = acts_.last.rows(count), out = acts_.logits.rows(count);
+  backend_.gather_rows(acts_.normed, in.logits_rows + first, count, last);
+  backend_.linear(last, weights_.lm_head, {}, out);
+  return out;
+}
+
+}  // namespace ni

@@ -1,0 +1,56 @@
+// The only model code: a decoder-only transformer driven by ModelConfig, written once for all
+// backends.
+#pragma once
+
+#include "backend/backend.h"
+#include "model/config.h"
+#include "model/kv_cache.h"
+#include "model/rope.h"
+#include "model/weights.h"
+
+namespace ni {
+
+// Room for the activations of the largest step; every step uses the first rows of the same memory.
+struct Activations {
+  Tensor residual;  // [max_tokens, hidden]
+  Tensor normed;    // [max_tokens, hidden]
+  Tensor delta;     // [max_tokens, hidden] what a block adds to the residual stream
+  Tensor qkv;       // [max_tokens, (heads + 2 kv_heads) * head_dim]
+  Tensor attn;      // [max_tokens, heads * head_dim]
+  Tensor gate_up;   // [max_tokens, 2 * intermediate]
+  Tensor act;       // [max_tokens, intermediate]
+  Tensor last;      // [max_logits, hidden] rows that yield logits
+  Tensor logits;    // [max_logits, vocab] fp32
+
+  Activations(const ModelConfig& config, DType dtype, int max_tokens, int max_logits);
+  size_t bytes() const { return bytes_; }
+  void allocate(Backend& backend);
+
+ private:
+  size_t bytes_ = 0;
+  Buffer buffer_;
+};
+
+class Decoder {
+ public:
+  Decoder(const ModelConfig& config, const Weights& weights, const KvCache& cache,
+          const RopeTables& ropes, Activations& activations, Backend& backend);
+
+  // All layers and the final norm for the rows of `in`; writes K and V into the cache.
+  void forward(const StepInputs& in);
+  // Logits of sampling rows [first, first + count) after forward(); count <= max_logits.
+  Tensor logits(const StepInputs& in, int first, int count);
+
+ private:
+  void layer(size_t index, const StepInputs& in);
+
+  const ModelConfig& config_;
+  const Weights& weights_;
+  const KvCache& cache_;
+  const RopeTables& ropes_;
+  Activations& acts_;
+  Backend& backend_;
+  NormArgs norm_args_;
+};
+
+}  // namespace ni
