@@ -192,15 +192,18 @@ void BlockManager::commit(Sequence& seq) {
   if (!config_.enable_prefix_caching) return;
   const int full = seq.num_computed / config_.block_size;
   for (int i = seq.num_committed_blocks; i < full; ++i) {
-    const Link parent = i == 0 ? root(seq) : Link{seq.committed_id, seq.committed_hash};
-    const uint64_t hash = hash_of(parent, seq, i);
-    int32_t block = find(hash, parent, seq, i);
-    if (block == kNone) {
-      block = seq.block_table[static_cast<size_t>(i)];
-      remember(block, hash, parent, seq, i);
+    const int32_t own = seq.block_table[static_cast<size_t>(i)];
+    if (at(own).id != 0) {  // a fork that shares it was faster
+      seq.committed_id = at(own).id;
+      seq.committed_hash = at(own).hash;
+    } else {
+      const Link parent = i == 0 ? root(seq) : Link{seq.committed_id, seq.committed_hash};
+      const uint64_t hash = hash_of(parent, seq, i);
+      const int32_t found = find(hash, parent, seq, i);
+      if (found == kNone) remember(own, hash, parent, seq, i);
+      seq.committed_id = at(found == kNone ? own : found).id;
+      seq.committed_hash = hash;
     }
-    seq.committed_id = at(block).id;
-    seq.committed_hash = hash;
     seq.num_committed_blocks = i + 1;
   }
 }
