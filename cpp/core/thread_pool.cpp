@@ -1,0 +1,116 @@
+#include "core/thread_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <string>
+#include <utility>
+
+#include "core/check.h"
+
+namespace ni {
+namespace {
+
+// CPU quota of the cgroup (v2, then v1) in cores; 0: none.
+double cgroup_cores() {
+  std::string quota;
+  double period = 0;
+  if (std::ifstream("/sys/fs/cgroup/cpu.max") >> quota >> period && quota != "max" && period > 0)
+    return std::stod(quota) / period;
+  double quota_us = 0;
+  if (std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota_us && quota_us > 0 &&
+      std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period && period > 0)
+    return quota_us / period;
+  return 0;
+}
+
+void cpu_pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Returns the value once it differs from `old`: spins for the gap between two operators of a step,
+// gives way where cores are shared, then sleeps on the futex behind std::atomic::wait.
+int wait_change(const std::atomic<int>& value, int old) {
+  for (int i = 0; i < 2000; ++i) {
+    const int now = value.load(std::memory_order_acquire);
+    if (now != old) return now;
+    cpu_pause();
+  }
+  const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
+  do {
+    const int now = value.load(std::memory_order_acquire);
+    if (now != old) return now;
+    std::this_thread::yield();
+  } while (std::chrono::steady_clock::now() < end);
+  value.wait(old, std::memory_order_acquire);
+  return value.load(std::memory_order_acquire);
+}
+
+}  // namespace
+
+int available_cores() {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  int cores = sched_getaffinity(0, sizeof(set), &set) == 0
+                  ? CPU_COUNT(&set)
+                  : static_cast<int>(std::thread::hardware_concurrency());
+  const double quota = cgroup_cores();
+  if (quota > 0) cores = std::min(cores, std::max(1, static_cast<int>(quota + 0.5)));
+  return std::max(1, cores);
+}
+
+ThreadPool::ThreadPool(int num_threads) {
+  check_arg(num_threads >= 0 && num_threads <= 1024, "num_threads is ", num_threads,
+            "; it must be 0 (one per core) to 1024");
+  const int n = num_threads > 0 ? num_threads : available_cores();
+  threads_.reserve(static_cast<size_t>(n - 1));
+  for (int worker = 1; worker < n; ++worker)
+    threads_.emplace_back([this, worker] { work(worker); });
+}
+
+ThreadPool::~ThreadPool() {
+  stop_.store(true, std::memory_order_relaxed);
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  for (std::thread& t : threads_) t.join();
+}
+
+void ThreadPool::run(const Job& job) {
+  const std::lock_guard<std::mutex> turn(callers_);
+  job_ = job;
+  error_ = nullptr;
+  // All workers take part in the hand-shake, so that none can still read job_ when it is next
+  // written.
+  pending_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
+  epoch_.fetch_add(1, std::memory_order_release);
+  epoch_.notify_all();
+  run_range(job, 0);
+  for (int left = pending_.load(std::memory_order_acquire); left > 0;)
+    left = wait_change(pending_, left);
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void ThreadPool::run_range(const Job& job, int worker) noexcept {
+  if (worker >= job.ranges) return;
+  try {
+    job.call(job.fn, job.n * worker / job.ranges, job.n * (worker + 1) / job.ranges, worker);
+  } catch (...) {
+    const std::lock_guard<std::mutex> lock(error_mutex_);
+    if (!error_) error_ = std::current_exception();
+  }
+}
+
+void ThreadPool::work(int worker) {
+  for (int seen = 0;;) {
+    seen = wait_change(epoch_, seen);
+    if (stop_.load(std::memory_order_relaxed)) return;
+    run_range(job_, worker);
+    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_all();
+  }
+}
+
+}  // namespace ni

@@ -1,0 +1,78 @@
+// A fixed set of threads that share loops. No OpenMP: nothing to link, and sanitizers see every
+// lock.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace ni {
+
+// Cores this process may use: its affinity mask, bounded by the CPU quota of its cgroup.
+int available_cores();
+
+class ThreadPool {
+ public:
+  // num_threads counts the caller, who works too; 0 = available_cores().
+  explicit ThreadPool(int num_threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const { return static_cast<int>(threads_.size()) + 1; }
+
+  // Calls fn(begin, end, worker) for a static partition of [0, n) in at most size() ranges of at
+  // least `grain` (the last may be shorter); worker < size() is unique among the ranges. Returns
+  // when all are done; the first exception is rethrown. Allocates nothing. Callers take turns; fn
+  // must not call parallel_for on the same pool.
+  template <typename Fn>
+  void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
+    if (n <= 0) return;
+    const int64_t ranges = grain > 1 ? (n + grain - 1) / grain : n;
+    if (ranges == 1 || threads_.empty()) {
+      fn(int64_t{0}, n, 0);
+      return;
+    }
+    const Job job{[](const void* f, int64_t begin, int64_t end, int worker) {
+                    (*static_cast<const Fn*>(f))(begin, end, worker);
+                  },
+                  &fn, n, static_cast<int>(ranges < size() ? ranges : size())};
+    run(job);
+  }
+
+  // The same with work handed out item by item: for items of unequal cost. fn(item, worker).
+  template <typename Fn>
+  void parallel_items(int64_t n, const Fn& fn) {
+    std::atomic<int64_t> next{0};
+    parallel_for(n < size() ? n : size(), 1, [&](int64_t, int64_t, int worker) {
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) fn(i, worker);
+    });
+  }
+
+ private:
+  struct Job {
+    void (*call)(const void* fn, int64_t begin, int64_t end, int worker) = nullptr;
+    const void* fn = nullptr;
+    int64_t n = 0;
+    int ranges = 0;
+  };
+
+  void run(const Job& job);
+  void work(int worker);
+  void run_range(const Job& job, int worker) noexcept;
+
+  std::vector<std::thread> threads_;
+  std::mutex callers_;           // one job at a time
+  Job job_;                      // written before `epoch_`, read after it
+  std::atomic<int> epoch_{0};    // number of the present job
+  std::atomic<int> pending_{0};  // workers that have not finished it
+  std::atomic<bool> stop_{false};
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
+};
+
+}  // namespace ni
