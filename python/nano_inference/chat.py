@@ -1,4 +1,4 @@
-"""Chat templates: the Jinja programs that models bring along, run in a sandbox as transformers does."""
+"""Chat templates: the Jinja programs that models bring along, in a sandbox like transformers'."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTINUE_MARK = "<|nano-inference continues here|> "  # ends in a space: templat
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """{% generation %}…{% endgeneration %} marks the answers for training; here it is only its body."""
+    """{% generation %}…{% endgeneration %} marks answers for training; here its body counts."""
 
     tags = {"generation"}
 
@@ -66,7 +66,7 @@ def render(
     continue_final_message: bool,
     variables: dict[str, Any],
 ) -> str:
-    """The prompt text. With continue_final_message it ends where the last message's content does."""
+    """The prompt text. With continue_final_message it ends where the last message does."""
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError(
@@ -110,5 +110,5 @@ def _cut_at_mark(text: str, final: str) -> str:
             "continue_final_message: the chat template changes or drops the final message"
         )
     kept = text[:at]
-    # A template that strips messages took the mark's space; it would have taken the message's own too.
+    # A template that strips messages took the mark's space, and would have taken the message's.
     return kept if text.startswith(CONTINUE_MARK, at) else kept.rstrip()

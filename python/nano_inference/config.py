@@ -51,7 +51,7 @@ class LoadedConfig:
 def load_model(
     path: Path, *, dtype: str = "auto", max_model_len: int | None = None
 ) -> LoadedConfig:
-    """Reads the config of the model in folder `path`. Anything unsupported is a ValueError naming it."""
+    """Reads the config in folder `path`. Anything unsupported is a ValueError naming it."""
     path = Path(path)
     hf = read_json(path / "config.json")
     architecture, family = find_family(hf)

@@ -24,9 +24,9 @@ def resolve_model(
     """The model's folder. A hub name is downloaded once into the cache (or `download_dir`), with
     huggingface_hub's progress bars; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured."""
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder
-    if folder.exists():
+    if model and folder.exists():
         raise ValueError(f"{model!r} is a file; give the folder that holds config.json")
     if not HUB_NAME.fullmatch(model) or ".." in model or "--" in model:
         raise ValueError(f"{model!r} is neither a folder nor a Hugging Face hub name (owner/name)")
@@ -78,8 +78,8 @@ def _not_cached(model: str, error: Exception) -> str:
 
     if constants.HF_HUB_OFFLINE:
         return f"{model!r} is no folder, not (wholly) in the hub cache, and HF_HUB_OFFLINE is set"
-    cause = error.__cause__ or error
-    return f"{model!r} is no folder, not (wholly) in the hub cache, and the hub is unreachable: {_line(cause)}"
+    cause = _line(error.__cause__ or error)
+    return f"{model!r} is no folder, not (wholly) in the hub cache; the hub is unreachable: {cause}"
 
 
 def _line(error: BaseException) -> str:

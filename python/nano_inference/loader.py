@@ -1,6 +1,6 @@
-"""Checkpoints: safetensors by their own header, memory-mapped and never copied; .bin through torch.
+"""Checkpoints: safetensors by their own header, mapped and never copied; .bin through torch.
 
-Everything that can be wrong with a checkpoint is found before the first weight is loaded, except NaN.
+All that can be wrong with a checkpoint is found before the first weight is loaded, except NaN.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 # safetensors' name -> the engine's name and numpy's type; bf16 is read as its bits.
-STORED = {
+STORED: dict[str, tuple[str, np.dtype[Any]]] = {
     "F32": ("float32", np.dtype("<f4")),
     "F16": ("float16", np.dtype("<f2")),
     "BF16": ("bfloat16", np.dtype("<u2")),
@@ -63,7 +63,8 @@ def load_weights(
     check_nan: bool = False,
     progress: bool = True,
 ) -> None:
-    """Fills every weight slot of the engine (not finish_loading). ValueError lists all that is wrong."""
+    """Fills every weight slot of the engine; finish_loading is the caller's. ValueError lists all
+    that is wrong with the checkpoint, before anything is loaded."""
     from tqdm.auto import tqdm
 
     checkpoint = _without_prefix(open_checkpoint(Path(path)), loaded.name_prefix)
@@ -145,11 +146,11 @@ def _without_prefix(checkpoint: Checkpoint, prefix: str) -> Checkpoint:
     return {name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()}
 
 
-# --- files -------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The checkpoint's files: safetensors if there are any, else .bin; sharded ones by their index."""
+    """The checkpoint's files: safetensors if there are any, else .bin; shards by their index."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = path / f"{stem}.index.json"
         if index.is_file():
@@ -214,7 +215,7 @@ def stored_dtype(path: Path) -> str | None:
     return next((name for name, _ in sizes.most_common() if name in known), None)
 
 
-# --- safetensors: u64 header length, JSON header, data ------------------------------------------------
+# --- safetensors: u64 header length, JSON header, data ---
 
 
 def open_safetensors(file: Path) -> Checkpoint:
@@ -271,7 +272,9 @@ def _check_entry(
     where = f"{file}: tensor '{name}'"
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is not described by a JSON object")
-    kind, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    kind: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(kind, str) or kind not in ITEM_BITS:
         raise ValueError(f"{where} has the unknown type {kind!r}")
     if not natural(shape):
@@ -280,7 +283,7 @@ def _check_entry(
         raise ValueError(f"{where} has the impossible data_offsets {offsets!r}")
     if offsets[1] > data_size:
         raise ValueError(
-            f"{where} ends at byte {offsets[1]} of the data, but the file has {data_size}: truncated?"
+            f"{where} ends at byte {offsets[1]} of the data, the file has {data_size}: truncated?"
         )
     expected = (math.prod(shape) * ITEM_BITS[kind] + 7) // 8
     if offsets[1] - offsets[0] != expected:
@@ -300,12 +303,13 @@ def _mapped(
 
     def read() -> Array:
         count = nbytes // stored.itemsize
-        return np.frombuffer(mapping, dtype=stored, count=count, offset=offset).reshape(shape)
+        flat: Array = np.frombuffer(mapping, dtype=stored, count=count, offset=offset)
+        return flat.reshape(shape)
 
     return StoredTensor(shape, dtype, nbytes, read)
 
 
-# --- .bin: pickles of torch ---------------------------------------------------------------------------
+# --- .bin: pickles of torch ---
 
 
 def _open_bin(file: Path) -> Checkpoint:

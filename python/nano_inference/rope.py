@@ -20,7 +20,7 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Rope:
-    """angle(position, i) = position * inv_freq[i]; cos and sin are multiplied by attention_factor."""
+    """angle(position, i) = position * inv_freq[i]; attention_factor multiplies cos and sin."""
 
     inv_freq: list[float]  # [rotary_dim / 2]
     attention_factor: float = 1.0
@@ -74,7 +74,7 @@ def read_settings(
     max_position_embeddings: int,
     partial_rotary_factor: float = 1.0,
 ) -> RopeSettings:
-    """Reads `rope_parameters` (transformers 5) or `rope_scaling` and `rope_theta` (transformers 4)."""
+    """Reads rope_parameters (transformers 5) or rope_scaling and rope_theta (transformers 4)."""
     key = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
     params = hf.get(key) or {}
     if not isinstance(params, dict):
@@ -100,12 +100,12 @@ def read_settings(
     )
     if settings.dim < 2 or settings.dim % 2:
         raise ValueError(
-            f"config.json: the rotary embedding needs an even number of dimensions, got {settings.dim}"
+            f"config.json: rotary embedding needs an even number of dimensions, got {settings.dim}"
         )
     if rope_type in ("linear", "dynamic") and settings.original_max != max_position_embeddings:
         raise ValueError(
-            f"config.json: {key} of type '{rope_type}' has an original_max_position_embeddings other "
-            f"than max_position_embeddings ({max_position_embeddings}), which is not supported"
+            f"config.json: {key} of type '{rope_type}' has an original_max_position_embeddings "
+            f"other than max_position_embeddings ({max_position_embeddings}), unsupported"
         )
     return settings
 
@@ -118,12 +118,14 @@ def build(settings: RopeSettings, max_model_len: int | None = None) -> Rope:
 
 
 def _exponents(dim: int) -> F32:
-    return np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    exponents: F32 = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return exponents
 
 
 def _plain(base: float, dim: int) -> F32:
     """1 / base^(2i / dim)"""
-    return np.float32(1.0) / np.power(np.float32(base), _exponents(dim))
+    inv_freq: F32 = np.float32(1.0) / np.power(np.float32(base), _exponents(dim))
+    return inv_freq
 
 
 def _default(s: RopeSettings, length: int) -> tuple[F32, float]:
@@ -207,7 +209,7 @@ _KEYS: dict[str, set[str]] = {
     "dynamic": {"factor", _ORIGINAL},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL},
     "yarn": {
-        "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
-        _ORIGINAL,
+        "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+        "truncate", _ORIGINAL,
     },
 }  # fmt: skip

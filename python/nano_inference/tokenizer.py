@@ -1,4 +1,4 @@
-"""Text to tokens and back: tokenizer.json, chat templates, streaming detokenization, stop strings."""
+"""Text to tokens and back: tokenizer.json, streaming detokenization, stop strings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of `ids` on its own, as transformers gives it (without its clean-up of spaces)."""
+        """The text of `ids` on its own, as transformers gives it without its clean-up of spaces."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @property
@@ -122,7 +121,7 @@ class Tokenizer:
             return text.encode() if None in values else bytes(v for v in values if v is not None)
         if "ByteFallback" in self._decoders and (match := BYTE_TOKEN.fullmatch(text)):
             return bytes([int(match[1], 16)])
-        # What it adds to itself: decoders treat the first token of a text differently (leading space).
+        # What it adds to itself: decoders treat the first token of a text differently (its space).
         once = self.decode([token], skip_special_tokens=False)
         twice = self.decode([token, token], skip_special_tokens=False)
         return twice[len(once) :].encode()
@@ -205,8 +204,8 @@ class StopChecker:
         self._found: str | None = None
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that is safe to show now, and the stop string if one was found: then the stream is
-        over, and further text is dropped."""
+        """The text that is safe to show now, and the stop string if one was found: then the stream
+        is over, and further text is dropped."""
         if self._found is not None:
             return "", self._found
         if not self._stops:

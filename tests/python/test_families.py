@@ -1,15 +1,15 @@
 """Golden tests: every family against transformers, on tiny random models.
 
-float32: |logit - reference| <= 1e-4 * max|reference|, and 64 greedy tokens equal. Prompts are chosen on
-the reference alone so that its best token always leads by more than that tolerance.
+float32: |logit - reference| <= 1e-4 * max|reference|, and 64 greedy tokens equal. Prompts are
+chosen on the reference alone so that its best token always leads by more than that tolerance.
 """
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 
+import tiny
 from nano_inference.config import load_model
 from nano_inference.models import families
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-4
 ORIGINAL = "original_max_position_embeddings"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
-# Sizes are odd on purpose: hidden no multiple of 16, head_dim 6, 20, 24, odd intermediate and vocab.
+# Odd sizes on purpose: hidden no multiple of 16, head_dim 6, 20, 24, odd intermediate and vocab.
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 36,
@@ -156,8 +156,8 @@ def test_config_as_transformers_4_writes_it(name, type_key, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", BASE_CASE)
 def test_16_bit_weights(name, dtype, tmp_path):
-    """RMS error against float32 at most twice that of torch in the same type, whether the checkpoint
-    has that type or is rounded to it while loading."""
+    """RMS error against float32 at most twice that of torch in the same type, whether the
+    checkpoint has that type or is rounded to it while loading."""
     model = make(name, tmp_path / "f32")
     ids = np.random.default_rng(3).integers(0, 97, 60).tolist()
     exact = reference_logits(model, ids)
@@ -197,7 +197,7 @@ def test_weight_map_fills_every_slot_once(name, tmp_path):
     assert set(slots) == set(_core.Engine.weight_slots(loaded.model_config))
 
 
-# --- configs: defaults, dtypes, lengths, refusals -----------------------------------------------------
+# --- configs: defaults, dtypes, lengths, refusals ---
 
 
 @pytest.fixture(scope="module")
@@ -319,8 +319,8 @@ def test_dtype_of_tensors_when_the_config_does_not_say(llama_dir, tmp_path):
 def test_generation_defaults(llama_dir, tmp_path):
     path = variant(llama_dir, tmp_path, eos_token_id=[7, 8], bos_token_id=1)
     (path / "generation_config.json").write_text(
-        '{"eos_token_id": [9, 7], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": true, '
-        '"repetition_penalty": 1.1, "max_new_tokens": 77}'
+        '{"eos_token_id": [9, 7], "temperature": 0.6, "top_k": 20, "top_p": 0.95, '
+        '"do_sample": true, "repetition_penalty": 1.1, "max_new_tokens": 77}'
     )
     got = load_model(path).generation
     assert got.eos_token_ids == [9, 7, 8]

@@ -26,7 +26,9 @@ CASES = {
         "rope_type": "yarn", "factor": 8.0, ORIGINAL: 128, "attention_factor": 1.3
     },
     "yarn-untruncated": {"rope_type": "yarn", "factor": 8.0, ORIGINAL: 128, "truncate": False},
-    "yarn-betas": {"rope_type": "yarn", "factor": 8.0, ORIGINAL: 128, "beta_fast": 8, "beta_slow": 2},
+    "yarn-betas": {
+        "rope_type": "yarn", "factor": 8.0, ORIGINAL: 128, "beta_fast": 8, "beta_slow": 2
+    },
 }  # fmt: skip
 MAX_POSITIONS = 2048
 

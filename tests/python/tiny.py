@@ -18,8 +18,8 @@ DTYPE_NAMES = {"<f4": "F32", "<f2": "F16", "<u2": "BF16", "<f8": "F64", "|i1": "
 
 
 def save_model(path: Path, config: Any, seed: int = 0) -> Any:
-    """A transformers model of `config` with every parameter random (norms and biases too), so that no
-    tensor can be left out unnoticed. Saved in float32; returns the model."""
+    """A transformers model of `config` with every parameter random (norms and biases too), so that
+    no tensor can be left out unnoticed. Saved in float32; returns the model."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -4,8 +4,8 @@ A family is one module of this package with
 
     ARCHITECTURES: tuple[str, ...]      names in config.json
     PREFIX: str                         (optional) prefix that tensor names may have or lack
-    config(hf, max_model_len) -> dict   the fields of _core.ModelConfig; ropes as rope.Rope, layers as
-                                        (window, rope) pairs
+    config(hf, max_model_len) -> dict   the fields of _core.ModelConfig; ropes as rope.Rope,
+                                        layers as (window, rope) pairs
     weights(fields) -> [WeightSource]   where each slot of the engine comes from
 
 Adding one touches its file and its test, nothing else.

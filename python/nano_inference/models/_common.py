@@ -18,8 +18,8 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Settings that change the mathematics, with the values that mean "not used". A family handles some of
-# them; any other value elsewhere is refused, never ignored.
+# Settings that change the mathematics, with the values that mean "not used". A family handles some
+# of them; any other value elsewhere is refused, never ignored.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "compression_config": (None,),
@@ -122,7 +122,7 @@ def llama_config(
     handled: Iterable[str] = (),
     **fields: Any,
 ) -> Fields:
-    """A Llama-like config. `max_positions`, `kv_heads` and `head_dim` are what an absent key means."""
+    """A Llama-like config. max_positions, kv_heads and head_dim are what an absent key means."""
     refuse_unsupported(hf, handled)
     hidden = positive_int(hf, "hidden_size")
     heads = positive_int(hf, "num_attention_heads")

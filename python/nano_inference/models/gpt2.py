@@ -1,5 +1,5 @@
-"""GPT-2: LayerNorm, learned positions, no gate. Its matrices are stored [in, out] (Conv1D), q, k and v
-in one."""
+"""GPT-2: LayerNorm, learned positions, no gate. Matrices are stored [in, out] (Conv1D), and q, k, v
+as one."""
 
 from __future__ import annotations
 

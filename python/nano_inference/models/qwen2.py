@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: Llama with biases on q, k and v, and a window on the upper layers if asked for."""
+"""Qwen2 and Qwen2.5: Llama with biases on q, k and v; a window on the upper layers if asked for."""
 
 from __future__ import annotations
 
