@@ -108,13 +108,9 @@ def is_finite(data: Array, dtype: str) -> bool:
 def check_tensors(checkpoint: Checkpoint, weight_map: list[WeightSource]) -> None:
     """Compares the checkpoint with what the family needs; one ValueError lists every difference."""
     wanted = {source.name: source.shape for source in weight_map}
-    tied = {"lm_head.weight"}  # stored twice by some; the embedding table is used
+    known = {*wanted, "lm_head.weight"}  # some store it although it is tied; the embedding is used
     missing = [name for name in wanted if name not in checkpoint]
-    unexpected = [
-        name
-        for name in checkpoint
-        if name not in wanted | dict.fromkeys(tied) and not IGNORED.search(name)
-    ]
+    unexpected = [name for name in checkpoint if name not in known and not IGNORED.search(name)]
     shapes, dtypes = [], []
     for name, shape in wanted.items():
         tensor = checkpoint.get(name)

@@ -90,9 +90,9 @@ def activation(hf: dict[str, Any], key: str, default: str) -> str:
 def windows_by_layer(hf: dict[str, Any]) -> list[int]:
     """Qwen's rule: the layers that `layer_types` names, else those from `max_window_layers` on."""
     num_layers = positive_int(hf, "num_hidden_layers")
-    window = (
-        positive_int(hf, "sliding_window", 4096) if flag(hf, "use_sliding_window", False) else 0
-    )
+    window = 0
+    if flag(hf, "use_sliding_window", False) and hf.get("sliding_window", 4096) is not None:
+        window = positive_int(hf, "sliding_window", 4096)
     types = hf.get("layer_types")
     if types is None:
         first = hf.get("max_window_layers", 28)
