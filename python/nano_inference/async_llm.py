@@ -1,0 +1,234 @@
+"""AsyncLLM: the engine under an asyncio event loop, for servers."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from . import _core
+from .engine import LoadedEngine, Messages, Prompt
+from .engine_args import EngineArgs
+from .outputs import RequestOutput
+from .request import RequestState
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+DEFAULT_MAX_WAITING = 1024
+
+
+class AsyncLLM:
+    """A model that serves many requests at once from one event loop.
+
+    AsyncLLM(model, ...): the options are LLM's; the waiting queue is bounded (max_waiting, 1024
+    unless said otherwise). The constructor loads the model and blocks until it is ready.
+
+    A pump thread waits for the engine and wakes the event loop once a step; tokens become text on
+    the event loop's thread, where all requests live.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._start(EngineArgs(model=model, **options))
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs) -> AsyncLLM:
+        self = cls.__new__(cls)
+        self._start(args)
+        return self
+
+    def _start(self, args: EngineArgs) -> None:
+        if args.max_waiting is None:
+            args = replace(args, max_waiting=DEFAULT_MAX_WAITING)
+        self._engine = LoadedEngine(args)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._streams: dict[int, asyncio.Event] = {}  # by the engine's number of the request
+        self._by_name: dict[str, RequestState] = {}
+        self._pump = threading.Thread(target=self._run_pump, name="nano-inference", daemon=True)
+        self._pump.start()
+        atexit.register(self.shutdown)  # the pump must not outlive the interpreter
+
+    # -- Requests -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        delta: bool = False,
+        add_special_tokens: bool = True,
+    ) -> RequestStream:
+        """Submits a request at once; returns an async iterator over its RequestOutputs, each with
+        everything so far or, with delta, only what is new. A slow reader gets several steps in one.
+        ValueError and QueueFullError are raised here; RuntimeError by the iterator, if the engine
+        fails. Cancelling the reader, closing or dropping the iterator aborts the request."""
+        self._bind_loop()
+        if request_id is not None and request_id in self._by_name:
+            raise ValueError(f"request_id {request_id!r} is already in use")
+        prepared = self._engine.prepare(
+            prompt,
+            sampling_params,
+            request_id=request_id,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+        )
+        event = asyncio.Event()
+        state = self._engine.submit(prepared)
+        self._streams[state.core_id] = event
+        self._by_name[state.request_id] = state
+        return RequestStream(self, state, event, delta)
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        delta: bool = False,
+        **template_options: Any,
+    ) -> RequestStream:
+        """The same for a conversation; template_options as the chat template takes them."""
+        return self.generate(
+            self._engine.render_chat(messages, **template_options),
+            sampling_params,
+            request_id,
+            priority=priority,
+            delta=delta,
+            add_special_tokens=False,
+        )
+
+    async def abort(self, request_id: str | Sequence[str]) -> None:
+        """Ends requests by name; their iterators give a last output with finish_reason "abort".
+        Names of requests that are over are ignored."""
+        for name in [request_id] if isinstance(request_id, str) else request_id:
+            if (state := self._by_name.get(name)) is not None:
+                self._engine.core.abort(state.core_id)
+
+    # -- The rest -------------------------------------------------------------------------------
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, overridden by the model's generation_config.json."""
+        return self._engine.default_sampling_params()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._engine.need_tokenizer("get_tokenizer()")
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        return self._engine.core.stats()
+
+    @property
+    def engine(self) -> LoadedEngine:
+        """What is underneath: the native engine (.core), the model's config, the memory plan."""
+        return self._engine
+
+    @property
+    def is_healthy(self) -> bool:
+        """The engine runs and takes requests."""
+        return self._pump.is_alive() and bool(self._engine.core.stats()["healthy"])
+
+    def shutdown(self) -> None:
+        """Stops the engine after the step in flight; requests end with finish_reason "abort"."""
+        self._engine.close()
+        self._pump.join()
+        atexit.unregister(self.shutdown)
+
+    # -- Pump thread and event loop -------------------------------------------------------------
+
+    def _bind_loop(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._streams and self._loop is not None and not self._loop.is_closed():
+                raise RuntimeError(
+                    "AsyncLLM serves one event loop, and another one has requests here"
+                )
+            for state in list(self._engine.requests.values()):  # left over by a closed loop
+                self._release(state)
+            self._loop = loop
+
+    def _run_pump(self) -> None:
+        while True:
+            outputs = self._engine.core.wait_outputs()
+            if self._loop is not None:
+                # A closed loop refuses: its requests have no readers.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._dispatch, outputs)
+            if not outputs:  # the engine has stopped
+                return
+
+    def _dispatch(self, outputs: list[_core.Output]) -> None:
+        """On the event loop, once a step."""
+        for state in self._engine.apply(outputs):
+            if (event := self._streams.get(state.core_id)) is not None:
+                event.set()
+            if state.finished:
+                self._forget(state)
+        if not outputs:
+            self._fail_all()
+
+    def _fail_all(self) -> None:
+        """The engine is gone; whoever still waits must not wait for ever."""
+        for state in list(self._engine.requests.values()):
+            state.fail("it has stopped")
+            self._streams[state.core_id].set()
+            self._release(state)
+
+    def _forget(self, state: RequestState) -> None:
+        self._streams.pop(state.core_id, None)
+        self._by_name.pop(state.request_id, None)
+
+    def _release(self, state: RequestState) -> None:
+        """Aborts the request if it still runs."""
+        self._engine.abort(state)
+        self._forget(state)
+
+
+class RequestStream:
+    """Async iterator over the outputs of one request."""
+
+    def __init__(
+        self, llm: AsyncLLM, state: RequestState, event: asyncio.Event, delta: bool
+    ) -> None:
+        self._llm, self._state, self._event, self._delta = llm, state, event, delta
+        self._over = False
+
+    @property
+    def request_id(self) -> str:
+        return self._state.request_id
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._over:
+            raise StopAsyncIteration
+        try:
+            while not self._state.changed:
+                self._event.clear()
+                await self._event.wait()
+        except BaseException:  # the reader was cancelled
+            self._close()
+            raise
+        self._over = self._state.finished
+        if self._state.error is not None:
+            raise RuntimeError(f"the engine failed: {self._state.error}")
+        return self._state.take(delta=self._delta)
+
+    async def aclose(self) -> None:
+        """Aborts the request if it still runs."""
+        self._close()
+
+    def _close(self) -> None:
+        self._over = True
+        self._llm._release(self._state)
+
+    def __del__(self) -> None:
+        if not self._over and not self._state.finished:
+            self._close()

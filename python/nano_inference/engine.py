@@ -1,0 +1,255 @@
+"""What LLM and AsyncLLM share: loading a model, and the requests that its engine works on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from . import _core, hub, loader
+from .config import LoadedConfig, load_model
+from .engine_args import EngineArgs, MemoryPlan, gigabytes, plan_engine
+from .request import RequestState
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+from .validation import check_int, is_int, refuse, unknown_field
+
+logger = logging.getLogger("nano_inference")
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+Messages = Sequence[dict[str, Any]]
+
+_PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_LOG_SECONDS = 10.0
+
+
+class LoadedEngine:
+    """A loaded model with its engine running. Not thread-safe but for abort()."""
+
+    def __init__(self, args: EngineArgs) -> None:
+        began = time.monotonic()
+        self.args = args
+        path = hub.resolve_model(
+            args.model,
+            revision=args.revision,
+            download_dir=args.download_dir,
+            token=args.hf_token,
+        )
+        self.loaded: LoadedConfig = load_model(
+            path, dtype=args.dtype, max_model_len=args.max_model_len
+        )
+        self.plan: MemoryPlan
+        config, self.plan = plan_engine(args, self.loaded)
+        self.tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, path)
+        self.core = _core.Engine(config, self.loaded.model_config)
+        loader.load_weights(
+            self.core,
+            path,
+            self.loaded,
+            check_nan=args.check_weights,
+            progress=args.use_tqdm_on_load,
+        )
+        self.core.finish_loading()
+        self.core.start()
+        self.requests: dict[int, RequestState] = {}  # in flight, by the engine's number
+        self._ids = itertools.count()
+        self._seeds = random.Random(args.seed)
+        self._log_stats = not args.disable_log_stats
+        self._last_log = (time.monotonic(), 0)  # and the tokens generated until then
+        logger.info(
+            "%s ready after %.1f s: weights %s, KV cache %s (%d tokens)",
+            args.model,
+            time.monotonic() - began,
+            gigabytes(self.plan.weights),
+            gigabytes(self.plan.kv_cache),
+            self.plan.num_tokens,
+        )
+
+    # -- A request's life -----------------------------------------------------------------------
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends; vLLM's defaults for the rest."""
+        gen = self.loaded.generation
+        recommended: dict[str, Any] = {
+            "repetition_penalty": gen.repetition_penalty,
+            "temperature": gen.temperature,
+            "top_k": gen.top_k,
+            "top_p": gen.top_p,
+            "min_p": gen.min_p,
+            "max_tokens": gen.max_new_tokens,
+        }
+        return SamplingParams(**{k: v for k, v in recommended.items() if v is not None})
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+    ) -> PreparedRequest:
+        """Tokenizes and checks a request; nothing runs yet."""
+        if params is None:
+            params = self.default_sampling_params()
+        elif isinstance(params, SamplingParams):
+            params = params.clone()  # checks it again; the caller may change his
+        else:
+            refuse("sampling_params", params, "a SamplingParams, or None")
+        self._check_priority(priority)
+        text, ids, salt = self._read_prompt(prompt, add_special_tokens)
+        core_params = params.to_core(
+            self.tokenizer, self.loaded.model_config.vocab_size, self._seeds.getrandbits(64)
+        )
+        self.core.validate(ids, core_params)
+        core_id = next(self._ids)
+        state = RequestState(
+            core_id,
+            str(core_id) if request_id is None else request_id,
+            text,
+            ids,
+            params,
+            self.tokenizer,
+        )
+        return PreparedRequest(state, core_params, priority, salt)
+
+    def submit(self, request: PreparedRequest) -> RequestState:
+        """Hands it to the engine. QueueFullError if max_waiting requests wait already."""
+        state = request.state
+        self.core.submit(
+            state.core_id,
+            state.prompt_token_ids,
+            request.core_params,
+            request.priority,
+            request.cache_salt,
+        )
+        self.requests[state.core_id] = state
+        return state
+
+    def apply(self, outputs: Iterable[_core.Output]) -> list[RequestState]:
+        """Gives the engine's outputs to their requests; returns those that changed. Outputs of
+        requests that are over (what a step in flight still made) are dropped."""
+        touched: dict[int, RequestState] = {}
+        for out in outputs:
+            state = self.requests.get(out.request_id)
+            if state is None:
+                continue
+            state.push(out, partial(self._end_choice, state))
+            touched[out.request_id] = state
+            if state.finished:
+                del self.requests[out.request_id]
+        if self._log_stats and touched:
+            self._maybe_log()
+        return list(touched.values())
+
+    def _end_choice(self, state: RequestState, choice: int) -> None:
+        self.core.abort(state.core_id, choice, stop=True)
+
+    def abort(self, state: RequestState) -> None:
+        """Ends a request; its blocks are free after the step in flight. Outputs are dropped."""
+        if self.requests.pop(state.core_id, None) is not None:
+            self.core.abort(state.core_id)
+
+    def close(self) -> None:
+        self.core.shutdown()
+
+    # -- Prompts --------------------------------------------------------------------------------
+
+    def render_chat(self, messages: Messages, **options: Any) -> Prompt:
+        """The prompt of a conversation."""
+        tokenizer = self.need_tokenizer("chat")
+        return tokenizer.apply_chat_template(messages, **options)
+
+    def need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{what} needs a tokenizer, and skip_tokenizer_init is on")
+        return self.tokenizer
+
+    def _read_prompt(
+        self, prompt: Prompt, add_special_tokens: bool
+    ) -> tuple[str | None, list[int], str]:
+        """(text, token ids, cache salt) of any form of prompt."""
+        if not isinstance(prompt, Mapping):
+            prompt = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+        for key in prompt:
+            if key not in _PROMPT_KEYS:
+                raise ValueError(unknown_field("a prompt", str(key), _PROMPT_KEYS))
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        salt = prompt.get("cache_salt", "")
+        if not isinstance(salt, str):
+            refuse("cache_salt", salt, "a string")
+        if text is None and ids is None:
+            raise ValueError("a prompt needs 'prompt' (text) or 'prompt_token_ids'")
+        if text is not None and not isinstance(text, str):
+            refuse("prompt", text, "a string")
+        if ids is None:
+            tokenizer = self.need_tokenizer("a text prompt")
+            ids = tokenizer.encode(str(text), add_special_tokens)
+        return text, _token_ids(ids), salt
+
+    def _check_priority(self, priority: int) -> None:
+        check_int("priority", priority, -(2**31), 2**31 - 1)
+        if priority and self.args.scheduling_policy != "priority":
+            raise ValueError(
+                f"priority ({priority}) has no effect under the fcfs policy: start with "
+                "scheduling_policy='priority'"
+            )
+
+    def _maybe_log(self) -> None:
+        now = time.monotonic()
+        then, tokens = self._last_log
+        if now - then < _LOG_SECONDS:
+            return
+        s = self.core.stats()
+        self._last_log = (now, s["generated_tokens"])
+        logger.info(
+            "%.1f tokens/s; %d running, %d waiting; %.1f%% of the KV cache in use; %d preemptions",
+            (s["generated_tokens"] - tokens) / (now - then),
+            s["running"],
+            s["waiting"],
+            100.0 * s["blocks_used"] / s["blocks_total"],
+            s["preemptions"],
+        )
+
+
+class PreparedRequest:
+    """A checked request that is not yet running."""
+
+    __slots__ = ("cache_salt", "core_params", "priority", "state")
+
+    def __init__(
+        self,
+        state: RequestState,
+        core_params: _core.SamplingParams,
+        priority: int,
+        cache_salt: str,
+    ) -> None:
+        self.state = state
+        self.core_params = core_params
+        self.priority = priority
+        self.cache_salt = cache_salt
+
+
+def _token_ids(ids: Any) -> list[int]:
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()  # a numpy array
+    if not isinstance(ids, (list, tuple)) or not all(is_int(t) for t in ids):
+        refuse("prompt_token_ids", ids, "a list of token ids")
+    return list(ids)
+
+
+def _load_tokenizer(args: EngineArgs, model: Path) -> Tokenizer:
+    if args.tokenizer is None:
+        return Tokenizer.from_dir(model)
+    path = hub.resolve_model(
+        args.tokenizer,
+        download_dir=args.download_dir,
+        token=args.hf_token,
+        need_weights=False,
+    )
+    return Tokenizer.from_dir(path)

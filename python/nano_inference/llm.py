@@ -1,0 +1,237 @@
+"""LLM: batches of prompts in, finished texts out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .engine import LoadedEngine, Messages, PreparedRequest, Prompt
+from .engine_args import EngineArgs
+from .outputs import RequestOutput
+from .request import RequestState
+from .sampling_params import SamplingParams
+from .tokenizer import Tokenizer
+
+_WAIT_SECONDS = 0.1  # how long Ctrl-C may have to wait
+
+
+class LLM:
+    """A model that generates, as in vLLM.
+
+    LLM(model, *, dtype="auto", max_model_len=None, ...): the options are EngineArgs' fields. The
+    model is loaded and ready when the constructor returns. close() (or leaving a `with` block)
+    stops the engine.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._engine = LoadedEngine(EngineArgs(model=model, **options))
+        self._lock = threading.Lock()  # one thread at a time reads the engine's outputs
+
+    # -- Generation -----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Finishes all prompts, batched as memory allows, and returns them in order.
+
+        A prompt is a string, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids};
+        the dicts may have a "cache_salt" (prompts with different salts share no cache).
+        sampling_params: one for all, a list with one for each, or None for
+        get_default_sampling_params(). If one prompt is impossible, none runs.
+        """
+        many = _is_batch(prompts)
+        batch: list[Prompt] = list(prompts) if many else [prompts]  # type: ignore[arg-type, list-item]
+        return self._run(self._prepare(batch, sampling_params, priority, True), use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, a list of {"role": ..., "content": ...}, or a list of them."""
+        options = {
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            **(chat_template_kwargs or {}),
+        }
+        prompts = [self._engine.render_chat(m, **options) for m in _conversations(messages)]
+        # The template has written the special tokens.
+        return self._run(self._prepare(prompts, sampling_params, None, False), use_tqdm)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        delta: bool = True,
+        priority: int = 0,
+    ) -> Iterator[RequestOutput]:
+        """One prompt, step by step. Each RequestOutput carries only what is new: the texts, joined,
+        are the text that generate() returns. With delta=False each carries everything so far.
+        Closing the iterator aborts the request."""
+        request = self._engine.prepare(prompt, sampling_params, priority=priority)
+        return self._stream(request, delta)
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        delta: bool = True,
+        **template_options: Any,
+    ) -> Iterator[RequestOutput]:
+        """chat(), step by step; template_options as the chat template takes them."""
+        prompt = self._engine.render_chat(messages, **template_options)
+        request = self._engine.prepare(prompt, sampling_params, add_special_tokens=False)
+        return self._stream(request, delta)
+
+    # -- The rest -------------------------------------------------------------------------------
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, overridden by the model's generation_config.json."""
+        return self._engine.default_sampling_params()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._engine.need_tokenizer("get_tokenizer()")
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        return self._engine.core.stats()
+
+    @property
+    def engine(self) -> LoadedEngine:
+        """What is underneath: the native engine (.core), the model's config, the memory plan."""
+        return self._engine
+
+    def close(self) -> None:
+        """Stops the engine; requests in flight end with finish_reason "abort"."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # -- Inside ---------------------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int] | None,
+        add_special_tokens: bool,
+    ) -> list[PreparedRequest]:
+        all_params = _one_each("sampling_params", params, len(prompts))
+        priorities = _one_each("priority", 0 if priority is None else priority, len(prompts))
+        requests = []
+        for i, prompt in enumerate(prompts):
+            try:
+                requests.append(
+                    self._engine.prepare(
+                        prompt,
+                        all_params[i],
+                        priority=priorities[i],
+                        add_special_tokens=add_special_tokens,
+                    )
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"prompt {i}: {error}" if len(prompts) > 1 else str(error)
+                ) from None
+        return requests
+
+    def _run(self, requests: list[PreparedRequest], use_tqdm: bool) -> list[RequestOutput]:
+        from tqdm.auto import tqdm
+
+        states: list[RequestState] = []
+        try:
+            for request in requests:
+                states.append(self._engine.submit(request))
+            # disable=None: no bar where stderr is not a terminal.
+            hide = None if use_tqdm else True
+            with tqdm(total=len(states), desc="Prompts", unit="prompt", disable=hide) as bar:
+                for i, state in enumerate(states):
+                    while not state.finished:
+                        self._pump(state)
+                        if not bar.disable:
+                            bar.update(i + sum(s.finished for s in states[i:]) - bar.n)
+        except BaseException:  # Ctrl-C, too
+            for state in states:
+                self._engine.abort(state)
+            raise
+        return [self._result(state, i) for i, state in enumerate(states)]
+
+    def _stream(self, request: PreparedRequest, delta: bool) -> Iterator[RequestOutput]:
+        state = self._engine.submit(request)
+        try:
+            while not state.finished:
+                if not state.changed:
+                    self._pump(state)
+                if state.changed and state.error is None:
+                    yield state.take(delta=delta)
+            self._raise_failure(state)
+        finally:
+            self._engine.abort(state)
+
+    def _pump(self, state: RequestState) -> None:
+        """Takes in what the engine made, for all requests. Waits for a moment at most."""
+        with self._lock:
+            if not state.finished:
+                self._engine.apply(self._engine.core.wait_outputs(_WAIT_SECONDS))
+
+    def _result(self, state: RequestState, index: int) -> RequestOutput:
+        self._raise_failure(state, f"prompt {index}: ")
+        return state.take()
+
+    def _raise_failure(self, state: RequestState, where: str = "") -> None:
+        if state.error is not None:
+            raise RuntimeError(f"{where}the engine failed: {state.error}")
+
+
+def _is_batch(prompts: Any) -> bool:
+    """A list of prompts; a list of numbers is one prompt."""
+    if isinstance(prompts, (list, tuple)):
+        return not prompts or not all(_is_number(p) for p in prompts)
+    return False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) or (hasattr(value, "__index__") and not hasattr(value, "__len__"))
+
+
+def _conversations(messages: Any) -> list[Messages]:
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(
+            f"messages must be a list of dicts, or a list of such lists, got {messages!r}"
+        )
+    if messages and isinstance(messages[0], dict):
+        return [messages]
+    return list(messages)
+
+
+def _one_each(name: str, value: Any, count: int) -> list[Any]:
+    """One for each prompt: a single value serves all."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"{name}: {len(value)} given for {count} prompts; give one, or one for each"
+        )
+    return list(value)

@@ -1,0 +1,160 @@
+"""A tiny Llama with random weights and a tokenizer of bytes: enough to run everything with no model
+at hand. Its text means nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+VERSION = 1  # of the files' contents
+
+SPECIAL_TOKENS = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def cached_random_model() -> Path:
+    """The model's folder, made at the first call: in the user's cache, else in a temporary one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-inference"
+    name = f"tiny-random-llama-v{VERSION}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        cache = Path(tempfile.gettempdir()) / f"nano-inference-{os.getuid()}"
+        cache.mkdir(mode=0o700, exist_ok=True)
+    folder = cache / name
+    if not (folder / "config.json").is_file():
+        # Made aside and renamed: another process never sees half a model.
+        with tempfile.TemporaryDirectory(dir=cache) as aside:
+            write_random_model(Path(aside) / name)
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                os.rename(Path(aside) / name, folder)
+            except OSError:
+                if not (folder / "config.json").is_file():  # nobody else was faster
+                    raise
+    return folder
+
+
+def write_random_model(folder: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """Writes a model that transformers can read, too. `config` overrides entries of config.json."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "dtype": "float32",
+        **config,
+    }
+    save_safetensors(folder / "model.safetensors", _weights(hf, seed))
+    _write_tokenizer(folder)
+    _write_json(folder / "generation_config.json", {"bos_token_id": 256, "eos_token_id": 257})
+    _write_json(folder / "config.json", hf)
+    return folder
+
+
+def save_safetensors(path: Path, tensors: dict[str, npt.NDArray[np.float32]]) -> None:
+    """float32 tensors as one safetensors file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, data in tensors.items():
+        begin, end = end, end + data.nbytes
+        header[name] = {"dtype": "F32", "shape": list(data.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for data in tensors.values():
+            file.write(data.astype("<f4").tobytes())
+
+
+def _weights(hf: dict[str, Any], seed: int) -> dict[str, npt.NDArray[np.float32]]:
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    hidden, inner, dim = hf["hidden_size"], hf["intermediate_size"], hf["head_dim"]
+    q, kv = hf["num_attention_heads"] * dim, hf["num_key_value_heads"] * dim
+
+    def matrix(rows: int, columns: int, scale: float = 1.0) -> npt.NDArray[np.float32]:
+        values = rng.standard_normal((rows, columns)) * scale / np.sqrt(columns)
+        return values.astype(np.float32)
+
+    ones = np.ones(hidden, np.float32)
+    tensors = {"model.embed_tokens.weight": matrix(hf["vocab_size"], hidden, 8.0)}
+    for i in range(hf["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        tensors |= {
+            layer + "input_layernorm.weight": ones,
+            layer + "self_attn.q_proj.weight": matrix(q, hidden),
+            layer + "self_attn.k_proj.weight": matrix(kv, hidden),
+            layer + "self_attn.v_proj.weight": matrix(kv, hidden),
+            layer + "self_attn.o_proj.weight": matrix(hidden, q),
+            layer + "post_attention_layernorm.weight": ones,
+            layer + "mlp.gate_proj.weight": matrix(inner, hidden),
+            layer + "mlp.up_proj.weight": matrix(inner, hidden),
+            layer + "mlp.down_proj.weight": matrix(hidden, inner),
+        }
+    tensors["model.norm.weight"] = ones
+    if not hf["tie_word_embeddings"]:
+        # Letters and spaces get large logits, all other bytes the logit 0: the text is printable.
+        head = matrix(hf["vocab_size"], hidden, 5.0)
+        likely = [ord(c) for c in "abcdefghijklmnopqrstuvwxyz ,."]
+        head[[i for i in range(len(head)) if i not in likely]] = 0.0
+        tensors["lm_head.weight"] = head
+    return tensors
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Token i < 256 is the byte i; the special tokens follow."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    from .tokenizer import _BYTE_OF_CHAR
+
+    tokenizer = Tokenizer(models.BPE(vocab=_BYTE_OF_CHAR, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
