@@ -23,17 +23,21 @@ def save_model(path: Path, config: Any, seed: int = 0) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # the models are too small to share out
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
             if "norm" in name or ".ln_" in name:
-                scale = 1.0 if name.endswith("weight") else 0.0
-                parameter.copy_(scale + 0.3 * torch.randn_like(parameter))
+                noise = 0.3 * noise + (1.0 if name.endswith("weight") else 0.0)
+            elif "embed" in name or ".wte" in name or ".wpe" in name:
+                noise = 0.3 * noise
             elif parameter.dim() > 1:  # keeps activations near 1 at every width
-                parameter.copy_(torch.randn_like(parameter) * 1.2 / math.sqrt(min(parameter.shape)))
+                noise = noise * 1.8 / math.sqrt(min(parameter.shape))
             else:
-                parameter.copy_(0.5 * torch.randn_like(parameter))
+                noise = 0.1 * noise
+            parameter.copy_(noise)
     model.generation_config.eos_token_id = None
     model.save_pretrained(path)
     return model
@@ -73,6 +77,7 @@ def build_engine(
     loaded = load_model(path, dtype=dtype, max_model_len=max_model_len)
     options = {
         "device": "cpu",
+        "num_threads": 2,
         "dtype": loaded.dtype,
         "kv_cache_dtype": loaded.dtype,
         "block_size": 16,
