@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import tiny
+from nano_inference import _core
 from nano_inference.config import load_model
 from nano_inference.models import families
 
@@ -139,6 +140,15 @@ def test_logits_and_greedy_tokens(name, tmp_path):
     assert tiny.greedy(engine, prompt, 64) == want
 
 
+@pytest.mark.parametrize("isa", _core.cpu_isas())
+@pytest.mark.parametrize("name", BASE_CASE)
+def test_logits_on_every_instruction_set(name, isa, tmp_path):
+    model = make(name, tmp_path)
+    ids = np.random.default_rng(4).integers(0, 97, 70).tolist()
+    engine = tiny.build_engine(tmp_path, max_model_len=160, isa=isa)
+    assert_close(engine.logits(ids), reference_logits(model, ids))
+
+
 def test_dynamic_rope_beyond_the_trained_positions(tmp_path):
     """The table for 251 tokens, of 160 trained ones: what transformers uses for a prompt of 251."""
     model = make("llama-dynamic", tmp_path)
@@ -192,8 +202,6 @@ def test_gpt2_names_without_prefix_and_with_buffers(tmp_path):
 
 @pytest.mark.parametrize("name", BASE_CASE)
 def test_weight_map_fills_every_slot_once(name, tmp_path):
-    from nano_inference import _core
-
     make(name, tmp_path)
     loaded = load_model(tmp_path)
     slots = [source.slot for source in loaded.weight_map]
