@@ -79,6 +79,6 @@ def test_cpp(suite: str, case: str) -> None:
         pytest.fail(f"{suite} ended before {case} did:\n{output}", pytrace=False)
     failures = [failure["failure"] for failure in cases[case].get("failures", [])]
     if failures:
-        pytest.fail("\n".join(failures), pytrace=False)
+        pytest.fail("\n".join(failures)[:6000], pytrace=False)
     assert cases[case]["status"] == "RUN", f"{case} is disabled"
     assert cases[case]["result"] == "COMPLETED", f"{case} was skipped"
