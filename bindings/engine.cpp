@@ -14,6 +14,10 @@ Tensor weight_view(const py::array& a, DType dtype) {
   const auto item = static_cast<py::ssize_t>(dtype_size(dtype));
   check_arg(a.itemsize() == item, "elements of ", dtype_name(dtype), " have ", item, " bytes, got ",
             a.itemsize());
+  const bool is_float = a.dtype().kind() == 'f';
+  check_arg(is_float == (dtype != DType::bf16) && a.dtype().byteorder() != '>',
+            "an array of numpy type ", py::cast<std::string>(py::str(a.dtype())),
+            " does not hold elements of ", dtype_name(dtype));
   check_arg(a.ndim() == 1 || a.strides(1) == item || a.shape(1) == 1,
             "the rows of a weight must be contiguous");
   Tensor t;
@@ -130,6 +134,7 @@ py::dict stats_dict(const Engine& engine) {
   d["evictions"] = s.blocks.evictions;
   d["block_size"] = engine.config().effective_block_size();
   d["last_step_time"] = s.last_step_time;
+  d["busy_since"] = s.busy_since;
   d["healthy"] = s.healthy;
   return d;
 }

@@ -92,6 +92,7 @@ void Engine::start() {
 }
 
 void Engine::shutdown() {
+  const std::lock_guard one_at_a_time(shutdown_mutex_);
   {
     const std::lock_guard lock(mutex_);
     if (stopped_) return;
@@ -136,6 +137,7 @@ void Engine::submit(Request request) {
                               " requests wait, max_waiting is ", config_.max_waiting)));
     ++published_.received;
     ++inbox_requests_;
+    if (live_.empty()) published_.busy_since = item.arrival;
     live_.insert(id);
     inbox_.push_back(std::move(item));
   }
@@ -156,10 +158,11 @@ void Engine::abort(uint64_t request_id, int choice, FinishReason reason) {
 std::vector<Output> Engine::wait_outputs(double timeout) {
   std::unique_lock lock(mutex_);
   const auto ready = [this] { return !outbox_.empty() || stopped_; };
-  if (timeout < 0) {
-    outbox_ready_.wait(lock, ready);
-  } else {
+  constexpr double kLongest = 1e9;  // the clock's ticks would overflow at 1e10
+  if (timeout >= 0 && timeout < kLongest) {
     outbox_ready_.wait_for(lock, std::chrono::duration<double>(timeout), ready);
+  } else {
+    outbox_ready_.wait(lock, ready);
   }
   return std::exchange(outbox_, {});
 }
@@ -337,6 +340,9 @@ void Engine::emit(const SequenceUpdate& update, Output output) {
   output.arrival_time = times.arrival;
   output.first_scheduled_time = times.first_scheduled;
   output.step_time = step_end_;
+  // What was aborted before its first step is in no record.
+  if (trace_.enabled() && update.finish_reason != FinishReason::none && times.first_scheduled > 0)
+    ended_.push_back({update.request_id, update.choice, update.finish_reason});
   if (update.request_done) {
     // A request counts by how its last choice ended.
     if (update.finish_reason == FinishReason::abort) {
@@ -379,7 +385,7 @@ void Engine::break_down(const std::string& error) {
     published_.healthy = false;  // from here on submit() refuses
     ids.assign(live_.begin(), live_.end());
     inbox_.clear();
-    inbox_requests_ = 0;
+    published_.waiting += std::exchange(inbox_requests_, 0);  // until publish()
   }
   for (const uint64_t id : done_ids_) std::erase(ids, id);
   step_end_ = now();
@@ -435,10 +441,8 @@ void Engine::end_record(bool failed) {
   record.blocks_free = blocks.num_free;
   record.blocks_cached = blocks.num_cached;
   record.blocks_used = blocks.num_used;
-  record.finished.clear();
-  for (const Output& out : produced_)
-    if (out.finish_reason != FinishReason::none)
-      record.finished.push_back({out.request_id, out.choice, out.finish_reason});
+  record.finished.swap(ended_);
+  ended_.clear();
   trace_.push();
 }
 
@@ -449,10 +453,10 @@ void Engine::publish() {
   bool wake = false;
   {
     const std::lock_guard lock(mutex_);
-    const uint64_t received = published_.received, rejected = published_.rejected;
+    counters_.received = published_.received;  // submit() counts these
+    counters_.rejected = published_.rejected;
+    counters_.busy_since = published_.busy_since;
     published_ = counters_;
-    published_.received = received;
-    published_.rejected = rejected;
     published_.running = counters_.healthy ? scheduler.num_running_requests : 0;
     published_.waiting = counters_.healthy ? scheduler.num_waiting_requests : 0;
     published_.running_seqs = scheduler.num_running;
@@ -505,10 +509,12 @@ bool Engine::reset_prefix_cache() {
 std::vector<float> Engine::logits(const std::vector<int32_t>& tokens) {
   check_idle_caller();
   check_arg(loaded_, "logits() needs finish_loading() first");
-  Request request;
-  request.prompt = tokens;
-  request.params.max_tokens = 1;
-  scheduler_.validate(request);
+  check_arg(!tokens.empty() && std::cmp_less_equal(tokens.size(), config_.max_model_len),
+            "logits() takes 1 to ", config_.max_model_len, " tokens (max_model_len), got ",
+            tokens.size());
+  for (const int32_t token : tokens)
+    check_arg(token >= 0 && token < model_.vocab_size, "token id ", token,
+              " is outside the vocabulary of ", model_.vocab_size);
   Sequence lender;
   lender.tokens = tokens;
   std::vector<BlockCopy> copies;

@@ -81,7 +81,10 @@ struct EngineStats {
   uint64_t preemptions = 0;
   BlockManagerStats blocks;
   double last_step_time = 0.0;  // when the last step ended; 0: none yet
-  bool healthy = true;          // false: an internal error; nothing more is accepted
+  // When a request last came to an idle engine; 0: none yet. While requests run or wait, no step
+  // has finished for now - max(last_step_time, busy_since) seconds.
+  double busy_since = 0.0;
+  bool healthy = true;  // false: an internal error; nothing more is accepted
 };
 
 class Engine {
@@ -96,7 +99,8 @@ class Engine {
   void load_weight(const std::string& slot, const Tensor& data) { runner_.load_weight(slot, data); }
   void finish_loading();
   void start();
-  // Stops after the step in flight; unfinished requests end with FinishReason::abort.
+  // Stops after the step in flight; unfinished requests end with FinishReason::abort. From any
+  // thread, any number of times.
   void shutdown();
 
   // From any thread. submit throws std::invalid_argument, QueueFull, or std::runtime_error when the
@@ -168,9 +172,11 @@ class Engine {
   std::unordered_map<uint64_t, Times> times_;
   EngineStats counters_;  // its share of the statistics; published after every step
   std::vector<uint64_t> done_ids_;
+  std::vector<StepRecord::Finished> ended_;  // since the last record of the trace
   double step_end_ = 0.0;
 
   // Shared.
+  std::mutex shutdown_mutex_;
   mutable std::mutex mutex_;
   std::condition_variable inbox_ready_, outbox_ready_;
   std::vector<InboxItem> inbox_;

@@ -29,6 +29,16 @@ size_t sample_bytes(int rows, int max_logprobs) {
   return static_cast<size_t>(rows) * (12 + 8 * static_cast<size_t>(max_logprobs));
 }
 
+// Logits rows of a step: each query row scores or samples, and of a prompt's last row, n choices
+// may be sampled.
+int max_sample_rows(const RunnerConfig& config) {
+  return config.max_num_batched_tokens + config.max_num_seqs;
+}
+
+int max_blocks(const RunnerConfig& config) {
+  return (config.max_model_len + config.block_size - 1) / config.block_size;
+}
+
 }  // namespace
 
 ModelRunner::ModelRunner(std::unique_ptr<Backend> backend, const ModelConfig& model,
@@ -53,10 +63,13 @@ MemoryPlan ModelRunner::plan_memory(const Backend& backend, const ModelConfig& m
                                     const RunnerConfig& config) {
   MemoryPlan plan;
   plan.weights = Weights(model, config.dtype).bytes(backend);
-  plan.activations = Activations(model, backend.info().activation_dtype,
-                                 config.max_num_batched_tokens, logits_slab(config))
-                         .bytes() +
-                     RopeTables::bytes(model, config.max_model_len);
+  plan.activations =
+      Activations(model, backend.info().activation_dtype, config.max_num_batched_tokens,
+                  logits_slab(config))
+          .bytes() +
+      RopeTables::bytes(model, config.max_model_len) +
+      StepBatch::max_bytes(config.max_num_batched_tokens, config.max_num_seqs, max_blocks(config)) +
+      sample_bytes(max_sample_rows(config), config.max_logprobs);
   plan.kv_block = KvCache(model, config.kv_dtype, config.block_size).block_bytes();
   return plan;
 }
@@ -68,6 +81,17 @@ void ModelRunner::load_weight(const std::string& slot, const Tensor& data) {
 void ModelRunner::finish_loading() {
   weights_.check_complete();
   activations_.allocate(*backend_);
+  batch_.reserve(config_.max_num_batched_tokens, config_.max_num_seqs, max_blocks(config_));
+  step_data_ = backend_->alloc(batch_.capacity());
+  sample_capacity_ = max_sample_rows(config_);
+  sample_data_ = backend_->alloc(sample_bytes(sample_capacity_, config_.max_logprobs));
+  const auto rows = static_cast<size_t>(sample_capacity_);
+  const size_t top = rows * static_cast<size_t>(config_.max_logprobs);
+  for (std::vector<int32_t>* v : {&result_.token_ids, &result_.ranks, &result_.samples})
+    v->reserve(rows);
+  result_.logprobs.reserve(rows);
+  result_.top_ids.reserve(top);
+  result_.top_logprobs.reserve(top);
   cache_.allocate(*backend_, config_.num_blocks);
   ropes_ = std::make_unique<RopeTables>(model_, config_.max_model_len, *backend_);
   decoder_ = std::make_unique<Decoder>(model_, weights_, cache_, *ropes_, activations_, *backend_);
@@ -75,13 +99,10 @@ void ModelRunner::finish_loading() {
 
 void ModelRunner::launch(const StepPlan& plan) {
   batch_.build(plan);
+  // Only what max_bytes() does not count can make it grow.
   if (step_data_.bytes() < batch_.bytes()) step_data_ = backend_->alloc(2 * batch_.bytes());
   backend_->upload(batch_.data(), step_data_.data(), batch_.bytes());
   const StepInputs in = batch_.inputs_at(step_data_.data());
-  if (sample_capacity_ < in.num_logits) {
-    sample_capacity_ = std::max(in.num_logits, config_.max_num_seqs);
-    sample_data_ = backend_->alloc(sample_bytes(sample_capacity_, config_.max_logprobs));
-  }
   backend_->run_step(0, [&] { decoder_->forward(in); });
   sample_rows(in, sample_views(sample_data_.data(), sample_capacity_, config_.max_logprobs));
 }
@@ -133,7 +154,7 @@ std::vector<float> ModelRunner::logits(const std::vector<int32_t>& tokens,
     const int chunk = std::min(config_.max_num_batched_tokens, seq.num_pending());
     plan.items.push_back({&seq, chunk, seq.num_computed + chunk == total ? 1 : 0, 0, false});
     batch_.build(plan);
-    step_data_ = backend_->alloc(batch_.bytes());
+    if (step_data_.bytes() < batch_.bytes()) step_data_ = backend_->alloc(2 * batch_.bytes());
     backend_->upload(batch_.data(), step_data_.data(), batch_.bytes());
     const StepInputs in = batch_.inputs_at(step_data_.data());
     backend_->run_step(0, [&] { decoder_->forward(in); });

@@ -26,7 +26,7 @@ struct RunnerConfig {
 
 struct MemoryPlan {
   size_t weights = 0;      // bytes
-  size_t activations = 0;  // of the largest step, rotary tables included
+  size_t activations = 0;  // of the largest step, its inputs and outputs and rotary tables included
   size_t kv_block = 0;     // K and V of one block in all layers
 };
 

@@ -22,6 +22,28 @@ StepBatch::StepBatch(int block_size, int vocab_size, std::vector<int32_t> eos_to
       eos_token_ids_(std::move(eos_token_ids)),
       count_index_(static_cast<size_t>(vocab_size)) {}
 
+size_t StepBatch::max_bytes(int max_tokens, int max_seqs, int max_blocks) {
+  const auto t = static_cast<size_t>(max_tokens), s = static_cast<size_t>(max_seqs);
+  const size_t tables = s * static_cast<size_t>(max_blocks), rows = t + s;
+  const size_t words = 2 * t + 2 * t + (s + 1) + s + tables + rows;  // of four bytes
+  constexpr size_t kArrays = 12;
+  return words * 4 + s * sizeof(BlockCopy) + rows * sizeof(SamplingRow) + kArrays * 64;
+}
+
+void StepBatch::reserve(int max_tokens, int max_seqs, int max_blocks) {
+  const auto t = static_cast<size_t>(max_tokens), s = static_cast<size_t>(max_seqs);
+  for (std::vector<int32_t>* v : {&token_ids_, &positions_}) v->reserve(t);
+  slot_mapping_.reserve(t);
+  cu_seqlens_q_.reserve(s + 1);
+  context_lens_.reserve(s);
+  block_tables_.reserve(s * static_cast<size_t>(max_blocks));
+  copies_.reserve(s);
+  for (std::vector<int32_t>* v : {&logits_rows_, &sample_rows_}) v->reserve(t + s);
+  sampling_.reserve(t + s);
+  rows_.reserve(t + s);
+  block_.resize(max_bytes(max_tokens, max_seqs, max_blocks));
+}
+
 void StepBatch::build(const StepPlan& plan) {
   token_ids_.clear();
   positions_.clear();

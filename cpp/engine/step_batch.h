@@ -18,6 +18,11 @@ class StepBatch {
  public:
   StepBatch(int block_size, int vocab_size, std::vector<int32_t> eos_token_ids);
 
+  // Bytes of the largest step's block, but for the lists whose lengths requests choose (token
+  // counts, biases, masks) beyond what other arrays leave free. max_blocks: of one sequence.
+  static size_t max_bytes(int max_tokens, int max_seqs, int max_blocks);
+  // Allocates that much, so that steps do not.
+  void reserve(int max_tokens, int max_seqs, int max_blocks);
   // Fills the block from the plan. Reuses its memory; grows it when a step needs more.
   void build(const StepPlan& plan);
 
@@ -26,6 +31,7 @@ class StepBatch {
   StepInputs inputs_at(const void* base) const;
   const void* data() const { return block_.data(); }
   size_t bytes() const { return bytes_; }
+  size_t capacity() const { return block_.size(); }
 
   const std::vector<LogitsRow>& rows() const { return rows_; }
   // Logits row of each of the plan's samples.

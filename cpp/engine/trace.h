@@ -37,7 +37,7 @@ struct StepRecord {
   std::vector<Entry> entries;
   std::vector<StepPlan::Event> admitted, resumed, preempted;
   std::vector<BlockCopy> copies;
-  std::vector<Finished> finished;
+  std::vector<Finished> finished;  // by this step, or aborted since the record before
 };
 
 class Trace {

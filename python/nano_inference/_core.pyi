@@ -130,8 +130,9 @@ class Engine:
     def __init__(self, engine_config: EngineConfig, model_config: ModelConfig) -> None: ...
     @staticmethod
     def plan_memory(engine_config: EngineConfig, model_config: ModelConfig) -> dict[str, int]:
-        """Bytes, without allocating: weights, activations, kv_block (all layers, K and V, one block),
-        step; memory_available, memory_total of the device; block_size (after `paged`)."""
+        """Bytes, without allocating: weights, activations (of the largest step, its inputs and outputs
+        included), kv_block (all layers, K and V, one block); memory_available, memory_total of the
+        device; block_size (after `paged`)."""
     @staticmethod
     def weight_slots(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor that must be loaded: name -> shape."""
@@ -164,9 +165,11 @@ class Engine:
     def stats(self) -> dict[str, Any]:
         """Requests: received = finished + aborted + rejected + failed + running + waiting. Sequences:
         running_seqs, waiting_seqs, preemptions. Steps: steps, failed_steps, last_step_time (seconds,
-        time.monotonic() clock; 0: none yet). Tokens: prompt_tokens (computed), cached_tokens,
-        generated_tokens. Blocks: blocks_total = blocks_free + blocks_cached + blocks_used, block_size,
-        prefix_queries and prefix_hits (tokens), evictions. healthy."""
+        time.monotonic() clock; 0: none yet), busy_since (when a request last came to an idle engine):
+        with work pending, no step has finished since the later of the two. Tokens: prompt_tokens
+        (computed), cached_tokens, generated_tokens. Blocks: blocks_total = blocks_free +
+        blocks_cached + blocks_used, block_size, prefix_queries and prefix_hits (tokens), evictions.
+        healthy."""
     def trace(self, since_step: int = 0) -> list[dict[str, Any]]:
         """Records of the last trace_capacity steps; see engine/trace.h."""
     def reset_prefix_cache(self) -> bool:

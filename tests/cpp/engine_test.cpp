@@ -1,0 +1,738 @@
+// What may go wrong around an engine: cancellation (promise 3), requests and steps that fail
+// (promise 4), a stuck device (promise 7), shutdown, counters under chaos (promise 11).
+#include "engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <new>
+#include <random>
+#include <thread>
+
+#include "engine_helpers.h"
+
+namespace ni {
+namespace {
+
+template <typename Error, typename Fn>
+std::string message_of(const Fn& fn) {
+  try {
+    fn();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "nothing was thrown";
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+std::vector<int32_t> argmax_tokens(std::vector<int32_t> tokens, int count) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  const auto vocab = static_cast<size_t>(engine->model_config().vocab_size);
+  std::vector<int32_t> out;
+  for (int i = 0; i < count; ++i) {
+    const std::vector<float> logits = engine->logits(tokens);
+    const auto last = logits.end() - static_cast<ptrdiff_t>(vocab);
+    out.push_back(static_cast<int32_t>(std::max_element(last, logits.end()) - last));
+    tokens.push_back(out.back());
+  }
+  return out;
+}
+
+TEST(Engine, GreedyTokensAreTheBestOfTheLogits) {
+  const std::vector<int32_t> prompt = random_prompt(3, 37);
+  const std::unique_ptr<Engine> engine = make_engine();
+  engine->submit(make_request(1, prompt, 12));
+  const Results results = run_all(*engine);
+  const Got& got = results.at({1, 0});
+  EXPECT_EQ(got.tokens, argmax_tokens(prompt, 12));
+  EXPECT_EQ(got.reason, FinishReason::length);
+  EXPECT_EQ(got.ends, 1);
+  EXPECT_TRUE(got.done);
+}
+
+TEST(Engine, LogprobsComeFromTheRawLogits) {
+  const std::vector<int32_t> prompt = random_prompt(4, 30);
+  EngineConfig config = tiny_config();
+  config.max_num_batched_tokens = 64;
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  Request r = make_request(1, prompt, 1);
+  r.params.temperature = 0.7f;
+  r.params.logit_bias = {{5, 3.0f}};
+  r.params.logprobs = 3;
+  r.params.prompt_logprobs = 2;
+  engine->submit(r);
+  const Got got = run_all(*engine).at({1, 0});
+  const std::vector<float> logits = engine->logits(prompt);
+  const size_t vocab = logits.size() / prompt.size();
+  ASSERT_EQ(got.prompt_logprobs.size(), prompt.size() - 1);
+  ASSERT_EQ(got.logprobs.size(), 1u);
+  for (size_t i = 0; i < prompt.size(); ++i) {
+    const float* row = logits.data() + i * vocab;
+    const TokenLogprobs& p = i + 1 < prompt.size() ? got.prompt_logprobs[i] : got.logprobs[0];
+    const int32_t token = i + 1 < prompt.size() ? prompt[i + 1] : got.tokens[0];
+    double sum = 0.0;
+    int rank = 1;
+    for (size_t v = 0; v < vocab; ++v) sum += std::exp(static_cast<double>(row[v]));
+    for (size_t v = 0; v < vocab; ++v) rank += row[v] > row[token];
+    EXPECT_EQ(p.token_id, token);
+    EXPECT_EQ(p.rank, rank);
+    EXPECT_NEAR(p.logprob, row[token] - std::log(sum), 1e-5);
+    ASSERT_EQ(p.top_ids.size(), i + 1 < prompt.size() ? 2u : 3u);
+    EXPECT_EQ(p.top_ids[0], std::max_element(row, row + vocab) - row);
+    EXPECT_NEAR(p.top_logprobs[0], row[p.top_ids[0]] - std::log(sum), 1e-5);
+  }
+}
+
+TEST(Engine, EveryChoiceIsTheSameAloneOrInAGroup) {
+  Request r = make_request(1, random_prompt(5, 21), 10);
+  r.params.temperature = 1.0f;
+  r.params.seed = 99;
+  r.params.n = 4;
+  const std::unique_ptr<Engine> engine = make_engine();
+  engine->submit(r);
+  const Results group = run_all(*engine);
+  ASSERT_EQ(group.size(), 4u);
+  r.params.n = 1;
+  const std::unique_ptr<Engine> other = make_engine();
+  other->submit(r);
+  EXPECT_EQ(run_all(*other).at({1, 0}).tokens, group.at({1, 0}).tokens);
+  EXPECT_NE(group.at({1, 0}).tokens, group.at({1, 1}).tokens);
+  // 21 tokens: one whole block is shared; the second is copied by all but its last writer.
+  EXPECT_EQ(engine->stats().blocks.copies, 3u);
+  EXPECT_EQ(engine->stats().prompt_tokens, 21u);
+}
+
+TEST(Engine, StopsAtStopTokensAndAtTheContextLimit) {
+  const std::vector<int32_t> prompt = random_prompt(6, 20);
+  const std::vector<int32_t> expected = argmax_tokens(prompt, 6);
+  EngineConfig config = tiny_config();
+  config.max_model_len = 24;
+  config.eos_token_ids = {expected[2]};
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  Request eos = make_request(1, prompt, -1), stop = make_request(2, prompt, -1);
+  eos.params.ignore_eos = false;
+  stop.params.stop_token_ids = {expected[1]};
+  engine->submit(eos);
+  engine->submit(stop);
+  engine->submit(make_request(3, prompt, -1));
+  const Results results = run_all(*engine);
+  const auto first = [&](size_t n) {
+    return std::vector<int32_t>(expected.begin(), expected.begin() + static_cast<ptrdiff_t>(n));
+  };
+  const size_t eos_at = static_cast<size_t>(
+      std::find(expected.begin(), expected.end(), expected[2]) - expected.begin());
+  const size_t stop_at = static_cast<size_t>(
+      std::find(expected.begin(), expected.end(), expected[1]) - expected.begin());
+  EXPECT_EQ(results.at({1, 0}).tokens, first(eos_at + 1));
+  EXPECT_EQ(results.at({1, 0}).reason, FinishReason::stop);
+  EXPECT_EQ(results.at({1, 0}).stop_token, -1);
+  EXPECT_EQ(results.at({2, 0}).tokens, first(stop_at + 1));
+  EXPECT_EQ(results.at({2, 0}).stop_token, expected[1]);
+  EXPECT_EQ(results.at({3, 0}).tokens, first(4));  // 20 + 4 = max_model_len
+  EXPECT_EQ(results.at({3, 0}).reason, FinishReason::length);
+}
+
+// -- Promise 3 --------------------------------------------------------------------------------
+
+// Steps by hand: an abort that arrives before step k is done at its beginning.
+TEST(Cancel, BlocksAreFreeAfterTheNextStep) {
+  for (const int when : {0, 1, 3, 9}) {  // waiting; in the middle of the prompt; decoding
+    SCOPED_TRACE(when);
+    EngineConfig config = tiny_config();
+    config.max_num_seqs = 4;
+    config.max_num_batched_tokens = 30;
+    const std::unique_ptr<Engine> engine = make_engine(config);
+    Request r = make_request(1, random_prompt(8, 100), 50);
+    r.params.n = 3;
+    engine->submit(r);
+    for (int i = 0; i < when; ++i) engine->step();
+    if (when > 0) {
+      EXPECT_GT(engine->stats().blocks.num_used, 0);
+    }
+    engine->abort(1, -1, FinishReason::abort);
+    engine->step();
+    EXPECT_TRUE(all_blocks_back(engine->stats()));
+    Results results;
+    take(engine->wait_outputs(0), results);
+    for (int choice = 0; choice < 3; ++choice) {
+      EXPECT_EQ(results.at({1, choice}).reason, FinishReason::abort);
+      EXPECT_EQ(results.at({1, choice}).ends, 1);
+    }
+    const EngineStats stats = engine->stats();
+    EXPECT_EQ(stats.aborted, 1u);
+    EXPECT_EQ(stats.running + stats.waiting, 0);
+    EXPECT_FALSE(engine->step());
+  }
+}
+
+TEST(Cancel, OneChoiceGivesItsOwnBlocksBack) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  Request r = make_request(1, random_prompt(8, 40), 60);
+  r.params.n = 2;
+  r.params.temperature = 1.0f;
+  engine->submit(r);
+  for (int i = 0; i < 30; ++i) engine->step();
+  const int before = engine->stats().blocks.num_used;
+  engine->abort(1, 0, FinishReason::stop);
+  engine->step();
+  // 40 + 30 tokens: 2 shared blocks and 3 of one's own.
+  EXPECT_EQ(before, 8);
+  EXPECT_EQ(engine->stats().blocks.num_used, 5);
+  const Results results = run_all(*engine);
+  EXPECT_EQ(results.at({1, 0}).reason, FinishReason::stop);
+  EXPECT_FALSE(results.at({1, 0}).done);
+  EXPECT_EQ(results.at({1, 1}).tokens.size(), 60u);
+  EXPECT_TRUE(results.at({1, 1}).done);
+  EXPECT_TRUE(all_blocks_back(engine->stats()));
+}
+
+TEST(Cancel, UnknownAndLateAbortsDoNothing) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  engine->abort(5, -1, FinishReason::abort);
+  EXPECT_FALSE(engine->step());
+  engine->submit(make_request(1, random_prompt(1, 5), 3));
+  engine->abort(1, 7, FinishReason::abort);  // no such choice
+  const Results results = run_all(*engine);
+  EXPECT_EQ(results.at({1, 0}).reason, FinishReason::length);
+  engine->abort(1, -1, FinishReason::abort);
+  EXPECT_FALSE(engine->step());
+  // The id is free again, and the late abort does not hit its new owner.
+  engine->submit(make_request(1, random_prompt(2, 5), 3));
+  EXPECT_EQ(run_all(*engine).at({1, 0}).tokens.size(), 3u);
+}
+
+// With the engine thread: an abort that arrives while a step is in flight is done right after it.
+TEST(Cancel, DuringAStepInFlightItEndsWithTheNextOne) {
+  auto door = std::make_shared<Door>();
+  std::atomic<int> samples{0};
+  auto backend = std::make_unique<HookedBackend>([&, door](std::string_view op) {
+    if (op == "sample" && ++samples == 3) door->pass();
+  });
+  const std::unique_ptr<Engine> engine = make_engine(tiny_config(), std::move(backend));
+  engine->start();
+  engine->submit(make_request(1, random_prompt(1, 40), 100));
+  door->wait_for_somebody();  // in the third step
+  engine->abort(1, -1, FinishReason::abort);
+  EXPECT_GT(engine->stats().blocks.num_used, 0);
+  door->open();
+  const Got got = wait_all(*engine, 1).at({1, 0});
+  EXPECT_EQ(got.reason, FinishReason::abort);
+  EXPECT_EQ(got.tokens.size(), 3u);
+  EXPECT_EQ(samples, 3);  // no further step
+  EXPECT_TRUE(all_blocks_back(engine->stats()));
+}
+
+// -- Promise 4 --------------------------------------------------------------------------------
+
+TEST(BadRequest, IsRefusedAndTheNextOneServed) {
+  EngineConfig config = tiny_config();
+  config.num_blocks = 4;  // 64 slots
+  config.max_waiting = 2;
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  const auto refused = [&](Request r) {
+    return message_of<std::invalid_argument>([&] { engine->submit(std::move(r)); });
+  };
+  EXPECT_TRUE(contains(refused(make_request(1, {})), "prompt is empty"));
+  EXPECT_TRUE(contains(refused(make_request(1, random_prompt(1, 256))), "max_model_len"));
+  EXPECT_TRUE(contains(refused(make_request(1, random_prompt(1, 65))), "cache holds only 64"));
+  EXPECT_TRUE(contains(refused(make_request(1, random_prompt(1, 60), 10)), "can be at most 5"));
+  EXPECT_TRUE(contains(refused(make_request(1, {3, 131})), "prompt[1] is 131"));
+  EXPECT_TRUE(contains(refused(make_request(1, {-1})), "prompt[0] is -1"));
+  EXPECT_EQ(engine->stats().rejected, 6u);
+  engine->submit(make_request(1, random_prompt(1, 60), 5));
+  engine->submit(make_request(2, random_prompt(1, 60), -1));
+  EXPECT_TRUE(contains(refused(make_request(2, {1})), "request id 2 is already in use"));
+  EXPECT_TRUE(contains(message_of<QueueFull>([&] { engine->submit(make_request(3, {1})); }),
+                       "max_waiting is 2"));
+  EXPECT_TRUE(balanced(engine->stats()));
+  const Results results = run_all(*engine);
+  EXPECT_EQ(results.size(), 2u);
+  EXPECT_EQ(results.at({1, 0}).tokens, results.at({2, 0}).tokens);
+  EXPECT_EQ(results.at({2, 0}).tokens.size(), 5u);
+  engine->submit(make_request(3, {1}));
+  EXPECT_EQ(run_all(*engine).at({3, 0}).tokens.size(), 8u);
+  EXPECT_TRUE(balanced(engine->stats()));
+}
+
+// Throws at the first call of `op` after `armed` was set.
+struct Fault {
+  std::string op;
+  bool out_of_memory = false;
+  std::atomic<int> countdown{0};  // > 0: the countdown-th call throws
+
+  void operator()(std::string_view name) {
+    if (name != op || countdown == 0 || --countdown > 0) return;
+    if (out_of_memory) throw std::bad_alloc();
+    throw std::runtime_error("the device caught fire");
+  }
+};
+
+class FailingStep : public ::testing::TestWithParam<std::tuple<std::string, bool>> {};
+
+TEST_P(FailingStep, FailsItsRequestsAndNothingElse) {
+  auto fault = std::make_shared<Fault>();
+  fault->op = std::get<0>(GetParam());
+  fault->out_of_memory = std::get<1>(GetParam());
+  EngineConfig config = tiny_config();
+  config.max_num_seqs = 4;
+  config.max_num_batched_tokens = 48;
+  const std::unique_ptr<Engine> engine = make_engine(
+      config, std::make_unique<HookedBackend>([fault](std::string_view op) { (*fault)(op); }));
+  const std::vector<int32_t> prompt = random_prompt(12, 96);
+  const std::vector<int32_t> expected = argmax_tokens(prompt, 8);
+
+  // The second step fails: 48 tokens of the prompt were computed before, 3 blocks.
+  engine->submit(make_request(1, prompt));
+  Request waiting = make_request(2, random_prompt(13, 20));
+  engine->submit(waiting);
+  engine->step();
+  fault->countdown = 1;
+  engine->step();
+  ASSERT_EQ(fault->countdown, 0) << "no such call";
+  Results results;
+  take(engine->wait_outputs(0), results);
+  const Got& failed = results.at({1, 0});
+  EXPECT_EQ(failed.reason, FinishReason::error);
+  EXPECT_TRUE(contains(failed.error, fault->out_of_memory ? "bad_alloc" : "caught fire"));
+  EXPECT_TRUE(failed.tokens.empty());
+  EXPECT_EQ(failed.ends, 1);
+  EXPECT_EQ(engine->stats().failed, 1u);
+  EXPECT_EQ(engine->stats().failed_steps, 1u);
+  EXPECT_TRUE(engine->stats().healthy);
+
+  // Whoever had no row in it is served.
+  results = run_all(*engine);
+  EXPECT_EQ(results.at({2, 0}).tokens, argmax_tokens(waiting.prompt, 8));
+  EXPECT_TRUE(all_blocks_back(engine->stats()));
+
+  // Only blocks of steps that succeeded are reused.
+  engine->submit(make_request(3, prompt));
+  results = run_all(*engine);
+  EXPECT_EQ(results.at({3, 0}).num_cached, 48);
+  EXPECT_EQ(results.at({3, 0}).tokens, expected);
+  EXPECT_EQ(results.at({3, 0}).error, "");
+
+  // A fault in a decode step of a whole batch: all in it fail, the next ones do not.
+  for (uint64_t id = 4; id < 8; ++id) engine->submit(make_request(id, random_prompt(id, 10)));
+  engine->step();
+  engine->step();
+  fault->countdown = 1;
+  run_all(*engine);
+  EXPECT_EQ(engine->stats().failed, 5u);
+  EXPECT_TRUE(all_blocks_back(engine->stats()));
+  engine->submit(make_request(8, prompt));
+  results = run_all(*engine);
+  EXPECT_EQ(results.at({8, 0}).tokens, expected);
+  EXPECT_TRUE(balanced(engine->stats()));
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Ops, FailingStep,
+    ::testing::Combine(::testing::Values("upload", "run_step", "embed", "linear", "rope_kv_write",
+                                         "attention", "activation", "gather_rows", "sample",
+                                         "download", "synchronize"),
+                       ::testing::Bool()),
+    [](const auto& info) {
+      return std::get<0>(info.param) + (std::get<1>(info.param) ? "_bad_alloc" : "_error");
+    });
+
+// The lists that requests bring (biases here) may make a step's inputs grow. A failure there must
+// leave the old memory in use.
+TEST(FailingAllocation, InAStepLeavesTheEngineUsable) {
+  auto fault = std::make_shared<Fault>();
+  fault->op = "alloc";
+  const std::unique_ptr<Engine> engine =
+      make_engine(tiny_config(),
+                  std::make_unique<HookedBackend>([fault](std::string_view op) { (*fault)(op); }));
+  const auto submit_all = [&](uint64_t first_id) {
+    for (uint64_t id = first_id; id < first_id + 64; ++id) {
+      Request r = make_request(id, random_prompt(12, 3));
+      for (int i = 0; i < 500; ++i) r.params.logit_bias.push_back({i % 131, 0.0f});
+      engine->submit(r);
+    }
+  };
+  fault->countdown = 1;
+  submit_all(100);
+  run_all(*engine);
+  ASSERT_EQ(fault->countdown, 0) << "nothing was allocated";
+  EXPECT_EQ(engine->stats().failed, 64u);
+  submit_all(200);
+  engine->submit(make_request(1, random_prompt(12, 100)));
+  const Results results = run_all(*engine);
+  EXPECT_EQ(results.at({1, 0}).tokens, argmax_tokens(random_prompt(12, 100), 8));
+  EXPECT_EQ(results.at({263, 0}).tokens, argmax_tokens(random_prompt(12, 3), 8));
+  EXPECT_EQ(engine->stats().failed, 64u);
+}
+
+TEST(FailingForks, EndEachOfThemOnce) {
+  auto fault = std::make_shared<Fault>();
+  fault->op = "attention";
+  const std::unique_ptr<Engine> engine =
+      make_engine(tiny_config(),
+                  std::make_unique<HookedBackend>([fault](std::string_view op) { (*fault)(op); }));
+  for (const int steps : {0, 1, 3}) {  // the prompt, the first own step with its copies, later
+    Request r = make_request(static_cast<uint64_t>(steps) + 1, random_prompt(50, 21), 20);
+    r.params.n = 3;
+    r.params.temperature = 1.0f;
+    engine->submit(r);
+    for (int i = 0; i < steps; ++i) engine->step();
+    fault->countdown = 1;
+    const Results results = run_all(*engine);
+    for (int c = 0; c < 3; ++c) {
+      EXPECT_EQ(results.at({r.id, c}).reason, FinishReason::error);
+      EXPECT_EQ(results.at({r.id, c}).ends, 1);
+    }
+    EXPECT_TRUE(all_blocks_back(engine->stats()));
+  }
+  EXPECT_EQ(engine->stats().failed, 3u);
+  EXPECT_TRUE(balanced(engine->stats()));
+}
+
+// An error of our own bookkeeping: nothing can be trusted any more, but everybody is told.
+TEST(InternalError, EndsEverythingAndRefusesNewWork) {
+  auto door = std::make_shared<Door>();
+  std::atomic<bool> armed{false};
+  auto backend = std::make_unique<HookedBackend>([&, door](std::string_view op) {
+    if (op != "attention" || !armed) return;
+    door->pass();
+    throw std::logic_error("a count is off");
+  });
+  EngineConfig config = tiny_config();
+  config.max_num_seqs = 2;
+  const std::unique_ptr<Engine> engine = make_engine(config, std::move(backend));
+  engine->start();
+  armed = true;
+  for (uint64_t id = 1; id <= 3; ++id) engine->submit(make_request(id, random_prompt(id, 20)));
+  door->wait_for_somebody();
+  engine->submit(make_request(4, random_prompt(4, 20)));  // still in the inbox when it happens
+  engine->abort(3, -1, FinishReason::abort);
+  door->open();
+  const Results results = wait_all(*engine, 4);
+  ASSERT_EQ(results.size(), 4u);
+  for (const auto& [key, got] : results) {
+    EXPECT_EQ(got.reason, FinishReason::error);
+    EXPECT_EQ(got.error, "a count is off");
+    EXPECT_EQ(got.ends, 1);
+  }
+  const EngineStats stats = engine->stats();
+  EXPECT_FALSE(stats.healthy);
+  EXPECT_TRUE(balanced(stats));
+  EXPECT_EQ(stats.failed, 4u);
+  EXPECT_EQ(stats.running + stats.waiting, 0);
+  EXPECT_TRUE(contains(
+      message_of<std::runtime_error>([&] { engine->submit(make_request(9, {1})); }), "has failed"));
+  EXPECT_TRUE(balanced(engine->stats()));
+  EXPECT_TRUE(engine->wait_outputs(0.01).empty());
+  engine->shutdown();
+  EXPECT_TRUE(engine->wait_outputs(-1).empty());
+}
+
+TEST(InternalError, SteppedByHandDoesTheSame) {
+  bool armed = false;
+  const std::unique_ptr<Engine> engine =
+      make_engine(tiny_config(), std::make_unique<HookedBackend>([&](std::string_view op) {
+                    if (armed && op == "sample") throw std::logic_error("off");
+                  }));
+  engine->submit(make_request(1, random_prompt(1, 20)));
+  engine->step();
+  armed = true;
+  EXPECT_TRUE(engine->step());
+  armed = false;
+  EXPECT_FALSE(engine->step());
+  Results results;
+  take(engine->wait_outputs(0), results);
+  EXPECT_EQ(results.at({1, 0}).tokens.size(), 1u);
+  EXPECT_EQ(results.at({1, 0}).reason, FinishReason::error);
+  EXPECT_FALSE(engine->stats().healthy);
+}
+
+// -- Shutdown ---------------------------------------------------------------------------------
+
+TEST(Shutdown, EndsWaitingAndRunningRequests) {
+  for (const bool threaded : {false, true}) {
+    SCOPED_TRACE(threaded);
+    EngineConfig config = tiny_config();
+    config.max_num_seqs = 2;
+    const std::unique_ptr<Engine> engine = make_engine(config);
+    if (threaded) engine->start();
+    for (uint64_t id = 1; id <= 5; ++id)
+      engine->submit(make_request(id, random_prompt(id, 20), 200));
+    if (!threaded) engine->step();
+    engine->shutdown();
+    engine->shutdown();
+    const Results results = wait_all(*engine, 5);
+    ASSERT_EQ(results.size(), 5u);
+    for (const auto& [key, got] : results) {
+      EXPECT_EQ(got.reason, FinishReason::abort);
+      EXPECT_EQ(got.ends, 1);
+    }
+    EXPECT_TRUE(engine->wait_outputs(-1).empty());
+    EXPECT_TRUE(balanced(engine->stats()));
+    EXPECT_EQ(engine->stats().aborted, 5u);
+    EXPECT_TRUE(all_blocks_back(engine->stats()));
+    EXPECT_TRUE(
+        contains(message_of<std::runtime_error>([&] { engine->submit(make_request(9, {1})); }),
+                 "shut down"));
+    EXPECT_THROW(engine->start(), std::invalid_argument);
+    engine->abort(1, -1, FinishReason::abort);
+    EXPECT_TRUE(balanced(engine->stats()));
+  }
+}
+
+TEST(Shutdown, WakesWhoeverWaits) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  engine->start();
+  std::atomic<int> woken{0};
+  std::vector<std::thread> waiters;
+  for (int i = 0; i < 3; ++i)
+    waiters.emplace_back([&] {
+      EXPECT_TRUE(engine->wait_outputs(-1).empty());
+      ++woken;
+    });
+  std::vector<std::thread> closers;
+  for (int i = 0; i < 3; ++i) closers.emplace_back([&] { engine->shutdown(); });
+  for (std::thread& t : closers) t.join();
+  for (std::thread& t : waiters) t.join();
+  EXPECT_EQ(woken, 3);
+}
+
+TEST(Shutdown, TheDestructorDoesItToo) {
+  std::unique_ptr<Engine> engine = make_engine();
+  engine->start();
+  for (uint64_t id = 1; id <= 5; ++id) engine->submit(make_request(id, random_prompt(id, 20), 200));
+  engine.reset();
+  EngineConfig config = tiny_config();
+  engine = std::make_unique<Engine>(config, tiny_model());  // never loaded, never started
+  EXPECT_THROW(engine->start(), std::invalid_argument);
+  EXPECT_THROW(engine->step(), std::invalid_argument);
+  engine.reset();
+}
+
+TEST(Lifecycle, MisuseIsRefused) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  engine->start();
+  EXPECT_THROW(engine->start(), std::invalid_argument);
+  EXPECT_THROW(engine->step(), std::invalid_argument);
+  EXPECT_THROW(engine->logits({1}), std::invalid_argument);
+  EXPECT_THROW(engine->reset_prefix_cache(), std::invalid_argument);
+  EngineConfig config = tiny_config();
+  config.num_blocks = 0;
+  EXPECT_THROW(Engine(config, tiny_model()), std::invalid_argument);
+  config = tiny_config();
+  config.trace_capacity = -1;
+  EXPECT_THROW(Engine(config, tiny_model()), std::invalid_argument);
+  config = tiny_config();
+  config.max_num_seqs = 0;
+  EXPECT_THROW(Engine(config, tiny_model()), std::invalid_argument);
+  config = tiny_config();
+  config.max_num_batched_tokens = 63;
+  EXPECT_THROW(Engine(config, tiny_model()), std::invalid_argument);
+  config = tiny_config();
+  config.block_size = 12;
+  EXPECT_THROW(Engine(config, tiny_model()), std::invalid_argument);
+}
+
+TEST(Lifecycle, WaitsForALongTimeoutWithoutOverflow) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  engine->start();
+  std::atomic<bool> back{false};
+  std::thread waiter([&] {
+    const std::vector<Output> outputs = engine->wait_outputs(1e300);
+    back = true;
+    EXPECT_FALSE(outputs.empty());
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_FALSE(back);
+  engine->submit(make_request(1, {1, 2, 3}));
+  waiter.join();
+}
+
+TEST(PrefixCache, CanBeResetWhenIdle) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  engine->submit(make_request(1, random_prompt(1, 40)));
+  engine->step();
+  EXPECT_FALSE(engine->reset_prefix_cache());
+  run_all(*engine);
+  EXPECT_GT(engine->stats().blocks.num_cached, 0);
+  EXPECT_TRUE(engine->reset_prefix_cache());
+  EXPECT_EQ(engine->stats().blocks.num_cached, 0);
+  engine->submit(make_request(1, random_prompt(1, 40)));
+  EXPECT_EQ(run_all(*engine).at({1, 0}).num_cached, 0);
+}
+
+// A prefix that was cached under one salt is not seen under another.
+TEST(PrefixCache, SaltsSeparateRequests) {
+  const std::unique_ptr<Engine> engine = make_engine();
+  int cached[4];
+  const char* salts[] = {"a", "b", "a", ""};
+  for (int i = 0; i < 4; ++i) {
+    Request r = make_request(1, random_prompt(1, 40));
+    r.cache_salt = salts[i];
+    engine->submit(r);
+    cached[i] = run_all(*engine).at({1, 0}).num_cached;
+  }
+  EXPECT_EQ(cached[0], 0);
+  EXPECT_EQ(cached[1], 0);
+  EXPECT_EQ(cached[2], 32);
+  EXPECT_EQ(cached[3], 0);
+}
+
+// -- Promise 7: what health is made of --------------------------------------------------------
+
+TEST(Stuck, TheEngineStillAnswersAndShowsThatNoStepFinishes) {
+  auto door = std::make_shared<Door>();
+  std::atomic<bool> armed{false};
+  auto backend = std::make_unique<HookedBackend>([&, door](std::string_view op) {
+    if (op == "linear" && armed) door->pass();
+  });
+  EngineConfig config = tiny_config();
+  config.max_waiting = 3;
+  const std::unique_ptr<Engine> engine = make_engine(config, std::move(backend));
+  engine->start();
+  engine->submit(make_request(1, random_prompt(1, 20)));
+  wait_all(*engine, 1);
+  const EngineStats idle = engine->stats();
+  EXPECT_GT(idle.last_step_time, 0.0);
+  armed = true;
+  engine->submit(make_request(2, random_prompt(2, 20)));
+  door->wait_for_somebody();
+  engine->submit(make_request(3, random_prompt(3, 20)));
+  engine->submit(make_request(4, random_prompt(4, 20)));
+  engine->abort(2, -1, FinishReason::abort);
+  engine->validate(make_request(5, {1}));
+  EXPECT_THROW(engine->submit(make_request(5, random_prompt(5, 20))), QueueFull);
+  EXPECT_TRUE(engine->wait_outputs(0.01).empty());
+  EXPECT_FALSE(engine->trace(0).empty());
+  const EngineStats stuck = engine->stats();
+  EXPECT_GT(stuck.running + stuck.waiting, 0);  // work is pending
+  EXPECT_EQ(stuck.steps, idle.steps);           // and no step finishes
+  EXPECT_EQ(stuck.last_step_time, idle.last_step_time);
+  EXPECT_GE(stuck.busy_since, idle.last_step_time);  // since this moment
+  EXPECT_TRUE(stuck.healthy);
+  EXPECT_TRUE(balanced(stuck));
+  door->open();
+  const Results results = wait_all(*engine, 3);
+  EXPECT_EQ(results.at({2, 0}).reason, FinishReason::abort);
+  EXPECT_EQ(results.at({3, 0}).tokens.size(), 8u);
+  EXPECT_EQ(results.at({4, 0}).tokens.size(), 8u);
+  EXPECT_GT(engine->stats().last_step_time, stuck.busy_since);
+}
+
+// -- Many threads, and promise 11 -------------------------------------------------------------
+
+TEST(Threads, ManySubmitAtOnceAndEachGetsItsOwnTokens) {
+  EngineConfig config = tiny_config();
+  config.max_num_seqs = 8;
+  config.num_threads = 2;
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  engine->start();
+  constexpr int kThreads = 6, kEach = 8;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t)
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kEach; ++i) {
+        const auto id = static_cast<uint64_t>(t * kEach + i + 1);
+        engine->submit(make_request(id, random_prompt(id % 4, 30), 6));
+      }
+    });
+  const Results results = wait_all(*engine, kThreads * kEach);
+  for (std::thread& t : threads) t.join();
+  ASSERT_EQ(results.size(), static_cast<size_t>(kThreads * kEach));
+  for (const auto& [key, got] : results) {
+    EXPECT_EQ(got.ends, 1);
+    EXPECT_EQ(got.tokens, results.at({key.first % 4 == 0 ? 4 : key.first % 4, 0}).tokens);
+  }
+}
+
+// Random arrivals, aborts and choices over a tiny cache, while another thread looks at the counters
+// all the time. A broken invariant would make the engine unhealthy.
+TEST(Chaos, CountersBalanceAtAllTimes) {
+  for (const SchedulingPolicy policy : {SchedulingPolicy::fcfs, SchedulingPolicy::priority}) {
+    EngineConfig config = tiny_config();
+    config.policy = policy;
+    config.num_blocks = 40;
+    config.block_size = 4;
+    config.max_model_len = 80;
+    config.max_num_seqs = 6;
+    config.max_num_batched_tokens = 24;
+    config.max_waiting = 12;
+    config.trace_capacity = 16;
+    const std::unique_ptr<Engine> engine = make_engine(config);
+    engine->start();
+
+    constexpr int kClients = 3, kEach = 120;
+    std::atomic<int> clients{kClients};
+    std::atomic<uint64_t> accepted{0}, refused{0};
+    std::vector<std::thread> threads;
+    for (int client = 0; client < kClients; ++client)
+      threads.emplace_back([&, client] {
+        std::mt19937_64 random(static_cast<uint64_t>(client) + 1);
+        const auto below = [&](int n) {
+          return static_cast<int>(random() % static_cast<uint64_t>(n));
+        };
+        for (int i = 0; i < kEach; ++i) {
+          const auto id = static_cast<uint64_t>(client * kEach + i);
+          Request r = make_request(id, random_prompt(random() % 5, 1 + below(60)), 1 + below(30));
+          r.params.n = 1 + below(3);
+          r.params.temperature = 1.0f;
+          r.params.prompt_logprobs = below(4) == 0 ? 1 : -1;
+          r.priority = below(3);
+          try {
+            engine->submit(r);
+            ++accepted;
+          } catch (const std::exception&) {  // full, or it can never fit
+            ++refused;
+          }
+          if (below(3) == 0)
+            engine->abort(static_cast<uint64_t>(client * kEach + below(i + 1)), below(4) - 1,
+                          FinishReason::abort);
+          if (below(4) == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+        }
+        --clients;
+      });
+    std::atomic<bool> stop{false};
+    std::thread watcher([&] {
+      uint64_t looks = 0, wrong = 0;
+      while (!stop) {
+        const EngineStats s = engine->stats();
+        wrong += !balanced(s) || s.waiting < 0 || s.running < 0 ||
+                 s.blocks.num_free + s.blocks.num_cached + s.blocks.num_used != 40;
+        EXPECT_LE(engine->trace(0).size(), 16u);
+        ++looks;
+        std::this_thread::yield();
+      }
+      EXPECT_GT(looks, 0u);
+      EXPECT_EQ(wrong, 0u);
+    });
+    uint64_t done = 0;
+    std::map<std::pair<uint64_t, int>, int> ends;
+    while (clients > 0 || done < accepted) {
+      for (const Output& o : engine->wait_outputs(0.05)) {
+        if (o.finish_reason != FinishReason::none) ++ends[{o.request_id, o.choice}];
+        EXPECT_NE(o.finish_reason, FinishReason::error) << o.error;
+        done += o.request_done;
+      }
+    }
+    for (std::thread& t : threads) t.join();
+    stop = true;
+    watcher.join();
+    for (const auto& [key, count] : ends) EXPECT_EQ(count, 1);
+    const EngineStats s = engine->stats();
+    EXPECT_TRUE(s.healthy);
+    EXPECT_EQ(done, accepted);
+    EXPECT_EQ(s.rejected, refused);
+    EXPECT_EQ(s.received, static_cast<uint64_t>(kClients * kEach));
+    EXPECT_EQ(s.finished + s.aborted, accepted);
+    EXPECT_GT(s.finished, 0u);
+    EXPECT_GT(s.aborted, 0u);
+    EXPECT_GT(s.preemptions, 0u);
+    EXPECT_TRUE(all_blocks_back(s));
+    engine->shutdown();
+  }
+}
+
+}  // namespace
+}  // namespace ni

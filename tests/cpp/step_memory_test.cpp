@@ -1,0 +1,241 @@
+// No memory is allocated in a steady step, and a step's memory is bounded. This suite replaces
+// operator new, so it is an executable of its own.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "engine_helpers.h"
+
+namespace {
+
+std::atomic<bool> counting{false};
+std::atomic<int> allocations{0};
+
+void* counted(size_t bytes, size_t alignment) {
+  if (counting.load(std::memory_order_relaxed)) ++allocations;
+  void* p = alignment == 0
+                ? std::malloc(bytes == 0 ? 1 : bytes)
+                : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+
+}  // namespace
+
+void* operator new(size_t n) {
+  return counted(n, 0);
+}
+void* operator new[](size_t n) {
+  return counted(n, 0);
+}
+void* operator new(size_t n, std::align_val_t a) {
+  return counted(n, static_cast<size_t>(a));
+}
+void* operator new[](size_t n, std::align_val_t a) {
+  return counted(n, static_cast<size_t>(a));
+}
+void operator delete(void* p) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, size_t) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p, size_t) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, std::align_val_t) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p, std::align_val_t) noexcept {
+  std::free(p);
+}
+void operator delete(void* p, size_t, std::align_val_t) noexcept {
+  std::free(p);
+}
+void operator delete[](void* p, size_t, std::align_val_t) noexcept {
+  std::free(p);
+}
+
+namespace ni {
+namespace {
+
+// A model runner with its scheduler, stepped without an engine around them.
+class Runner {
+ public:
+  Runner(int num_threads, HookedBackend::Before before)
+      : blocks_(block_config()),
+        scheduler_(scheduler_config(), blocks_),
+        runner_(std::make_unique<HookedBackend>(std::move(before), nullptr, num_threads),
+                tiny_model(), Engine::runner_config(config(num_threads))) {
+    for (const auto& [name, shape] : Weights(tiny_model(), DType::f32).slots()) {
+      std::vector<float> values(static_cast<size_t>(shape[0] * (shape.size() == 2 ? shape[1] : 1)));
+      for (size_t i = 0; i < values.size(); ++i) values[i] = 0.3f * random_value(1, i);
+      runner_.load_weight(name, shape.size() == 2
+                                    ? Tensor(values.data(), DType::f32, {shape[0], shape[1]})
+                                    : Tensor(values.data(), DType::f32, {shape[0]}));
+    }
+    runner_.finish_loading();
+  }
+
+  void add(Request r) { scheduler_.add(std::make_shared<const Request>(std::move(r))); }
+
+  // One step; returns the allocations of launch and collect.
+  int step(const std::function<void(const StepPlan&)>& look = nullptr) {
+    const StepPlan& plan = scheduler_.schedule();
+    if (plan.empty()) return -1;
+    if (look) look(plan);
+    allocations = 0;
+    counting = true;
+    runner_.launch(plan);
+    const StepResult& result = runner_.collect();
+    counting = false;
+    scheduler_.update(result.samples.data(), updates_);
+    updates_.clear();
+    return allocations;
+  }
+
+ private:
+  static EngineConfig config(int num_threads) {
+    EngineConfig c = tiny_config();
+    c.num_threads = num_threads;
+    c.block_size = 4;
+    c.max_num_seqs = 8;
+    return c;
+  }
+  static BlockManagerConfig block_config() {
+    BlockManagerConfig c;
+    c.num_blocks = tiny_config().num_blocks;
+    c.block_size = 4;
+    return c;
+  }
+  static SchedulerConfig scheduler_config() {
+    SchedulerConfig c;
+    c.max_num_seqs = 8;
+    c.max_num_batched_tokens = 256;
+    c.max_model_len = 256;
+    c.vocab_size = 131;
+    return c;
+  }
+
+  BlockManager blocks_;
+  Scheduler scheduler_;
+  ModelRunner runner_;
+  std::vector<SequenceUpdate> updates_;
+};
+
+Request busy_request(uint64_t id) {
+  // The prompt holds every token that may come: the lists of token counts keep their lengths.
+  const std::vector<int32_t> allowed = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+  std::vector<int32_t> prompt = random_prompt(id, 20);
+  prompt.insert(prompt.end(), allowed.begin(), allowed.end());
+  Request r = make_request(id, std::move(prompt), 100);
+  r.params.temperature = id % 2 == 0 ? 0.0f : 0.9f;
+  r.params.top_k = 40;
+  r.params.top_p = 0.9f;
+  r.params.repetition_penalty = 1.1f;
+  r.params.logprobs = 5;
+  r.params.logit_bias = {{3, 1.0f}};
+  r.params.bad_words = {{4}};
+  r.params.allowed_token_ids = allowed;
+  return r;
+}
+
+class StepMemory : public ::testing::TestWithParam<int> {};
+
+// Contexts grow through many blocks, and not even that allocates: on the engine's thread and on
+// those of the pool.
+TEST_P(StepMemory, NoAllocationInASteadyDecodeStep) {
+  int backend_allocations = 0;
+  Runner runner(GetParam(), [&](std::string_view op) { backend_allocations += op == "alloc"; });
+  for (uint64_t id = 1; id <= 8; ++id) runner.add(busy_request(id));
+  for (int i = 0; i < 5; ++i) ASSERT_GE(runner.step(), 0);
+  const int before = backend_allocations;
+  int total = 0;
+  for (int i = 0; i < 90; ++i) {
+    const int count = runner.step([](const StepPlan& plan) { EXPECT_EQ(plan.num_decodes, 8); });
+    ASSERT_GE(count, 0);
+    total += count;
+  }
+  EXPECT_EQ(total, 0);
+  EXPECT_EQ(backend_allocations, before);
+}
+
+INSTANTIATE_TEST_SUITE_P(Threads, StepMemory, ::testing::Values(1, 3));
+
+TEST(StepMemoryInverse, TheCounterCounts) {
+  allocations = 0;
+  counting = true;
+  delete new int(3);
+  std::vector<int> v(100);
+  counting = false;
+  EXPECT_EQ(allocations, 2);
+  EXPECT_EQ(v.size(), 100u);
+}
+
+// What is allocated until the end of the first steps is what was planned before loading.
+TEST(MemoryPlan, IsWhatIsAllocated) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    EngineConfig config = tiny_config();
+    config.dtype = config.kv_cache_dtype = dtype;
+    const RunnerConfig runner = Engine::runner_config(config);
+    auto backend = std::make_unique<HookedBackend>(nullptr);
+    const HookedBackend* watched = backend.get();
+    const MemoryPlan plan = ModelRunner::plan_memory(*backend, tiny_model(), runner);
+    const std::unique_ptr<Engine> engine = make_engine(config, std::move(backend));
+    Request r = make_request(1, random_prompt(1, 200), 20);
+    r.params.prompt_logprobs = 2;
+    engine->submit(r);
+    run_all(*engine);
+    EXPECT_EQ(watched->allocated, plan.weights + plan.activations +
+                                      plan.kv_block * static_cast<size_t>(config.num_blocks));
+  }
+}
+
+// Prompt log-probabilities of a long prompt with a big vocabulary: 64 rows of logits at a time.
+TEST(LogitsMemory, IsBoundedWhateverThePromptLength) {
+  ModelConfig model = tiny_model();
+  model.vocab_size = 5003;
+  RunnerConfig config;
+  config.block_size = 16;
+  config.num_blocks = 64;
+  config.max_model_len = 512;
+  config.max_num_batched_tokens = 512;
+  const std::unique_ptr<Backend> backend = cpu_backend();
+  const auto activations = [&](int max_num_seqs, int vocab) {
+    config.max_num_seqs = max_num_seqs;
+    model.vocab_size = vocab;
+    return static_cast<int64_t>(ModelRunner::plan_memory(*backend, model, config).activations);
+  };
+  // Rows of logits that are planned for: memory per entry of the vocabulary.
+  for (const auto& [seqs, rows] : std::map<int, int>{{1, 1}, {16, 16}, {64, 64}, {512, 64}})
+    EXPECT_EQ(activations(seqs, 8016) - activations(seqs, 4016), int64_t{rows} * 4000 * 4) << seqs;
+
+  int largest = 0;
+  int64_t scored = 0;
+  EngineConfig engine_config = tiny_config();
+  engine_config.max_model_len = 512;
+  engine_config.max_num_seqs = 256;
+  engine_config.max_num_batched_tokens = 512;
+  model.vocab_size = 5003;
+  auto hooked = std::make_unique<HookedBackend>(
+      nullptr, [&](std::string_view op, const StepInputs*, Tensor out) {
+        if (op != "sample") return;
+        largest = std::max(largest, static_cast<int>(out.rows()));
+        scored += out.rows();
+      });
+  const std::unique_ptr<Engine> engine = make_engine(engine_config, std::move(hooked), model);
+  Request r = make_request(1, random_prompt(1, 500), 1);
+  r.params.prompt_logprobs = 1;
+  engine->submit(r);
+  EXPECT_EQ(run_all(*engine).at({1, 0}).prompt_logprobs.size(), 499u);
+  EXPECT_EQ(largest, 64);
+  EXPECT_EQ(scored, 500);
+}
+
+}  // namespace
+}  // namespace ni
