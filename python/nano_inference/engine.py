@@ -17,7 +17,7 @@ from .engine_args import EngineArgs, MemoryPlan, gigabytes, plan_engine
 from .request import RequestState
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
-from .validation import check_int, is_int, refuse, unknown_field
+from .validation import check_int, check_text, is_int, refuse, unknown_field
 
 logger = logging.getLogger("nano_inference")
 
@@ -121,14 +121,18 @@ class LoadedEngine:
     def submit(self, request: PreparedRequest) -> RequestState:
         """Hands it to the engine. QueueFullError if max_waiting requests wait already."""
         state = request.state
-        self.core.submit(
-            state.core_id,
-            state.prompt_token_ids,
-            request.core_params,
-            request.priority,
-            request.cache_salt,
-        )
         self.requests[state.core_id] = state
+        try:
+            self.core.submit(
+                state.core_id,
+                state.prompt_token_ids,
+                request.core_params,
+                request.priority,
+                request.cache_salt,
+            )
+        except BaseException:  # Ctrl-C may come just after the engine took it
+            self.abort(state)
+            raise
         return state
 
     def apply(self, outputs: Iterable[_core.Output]) -> list[RequestState]:
@@ -185,8 +189,8 @@ class LoadedEngine:
             refuse("cache_salt", salt, "a string")
         if text is None and ids is None:
             raise ValueError("a prompt needs 'prompt' (text) or 'prompt_token_ids'")
-        if text is not None and not isinstance(text, str):
-            refuse("prompt", text, "a string")
+        if text is not None:
+            check_text("prompt", text)
         if ids is None:
             tokenizer = self.need_tokenizer("a text prompt")
             ids = tokenizer.encode(str(text), add_special_tokens)

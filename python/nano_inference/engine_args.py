@@ -116,10 +116,10 @@ class EngineArgs(metaclass=NamedFields):
     def _check_types(self) -> None:
         for name in _BOOLS:
             check_bool(name, getattr(self, name))
-        for name in ("tokenizer", "revision", "isa"):
-            check_optional_str(name, getattr(self, name))
-        if self.download_dir is not None:
+        if hasattr(self.download_dir, "__fspath__"):
             self.download_dir = str(self.download_dir)
+        for name in ("tokenizer", "revision", "download_dir", "isa"):
+            check_optional_str(name, getattr(self, name))
         if self.hf_token is not None and not isinstance(self.hf_token, (str, bool)):
             refuse("hf_token", type(self.hf_token).__name__, "a string, True, False or None")
 
@@ -249,7 +249,8 @@ def plan_engine(args: EngineArgs, loaded: LoadedConfig) -> tuple[_core.EngineCon
     least = 1
     if args.num_blocks is not None:
         blocks = least = args.num_blocks
-        why = f"num_blocks={blocks} gives"
+        alias = args.num_gpu_blocks_override is not None
+        why = f"{'num_gpu_blocks_override' if alias else 'num_blocks'}={blocks} gives"
     elif args.kv_cache_memory_bytes is not None:
         blocks = args.kv_cache_memory_bytes // block
         least = max(1, blocks)

@@ -160,10 +160,10 @@ class LLM:
     def _run(self, requests: list[PreparedRequest], use_tqdm: bool) -> list[RequestOutput]:
         from tqdm.auto import tqdm
 
-        states: list[RequestState] = []
+        states = [request.state for request in requests]
         try:
             for request in requests:
-                states.append(self._engine.submit(request))
+                self._engine.submit(request)
             # disable=None: no bar where stderr is not a terminal.
             hide = None if use_tqdm else True
             with tqdm(total=len(states), desc="Prompts", unit="prompt", disable=hide) as bar:
@@ -181,12 +181,13 @@ class LLM:
     def _stream(self, request: PreparedRequest, delta: bool) -> Iterator[RequestOutput]:
         state = self._engine.submit(request)
         try:
-            while not state.finished:
-                if not state.changed:
+            output = None
+            while output is None or not output.finished:
+                while not state.changed:
                     self._pump(state)
-                if state.changed and state.error is None:
-                    yield state.take(delta=delta)
-            self._raise_failure(state)
+                self._raise_failure(state)
+                output = state.take(delta=delta)
+                yield output
         finally:
             self._engine.abort(state)
 

@@ -11,6 +11,7 @@ from .validation import (
     check_bool,
     check_float,
     check_int,
+    check_text,
     check_token_ids,
     is_int,
     refuse,
@@ -175,6 +176,8 @@ def _check_strings(name: str, value: Any) -> None:
         return
     if not isinstance(value, (list, tuple)) or not all(isinstance(s, str) and s for s in value):
         refuse(name, value, "a list of non-empty strings")
+    for text in value:
+        check_text(name, text)
 
 
 def _logprob_count(value: int | None, vocab_size: int) -> int:

@@ -71,6 +71,16 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         refuse(name, value, "one of " + ", ".join(map(repr, choices)))
 
 
+def check_text(name: str, value: Any) -> None:
+    """A string that UTF-8 can hold: JSON and surrogateescape can smuggle in half characters."""
+    if not isinstance(value, str):
+        refuse(name, value, "a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        refuse(name, value, "valid Unicode, without lone surrogates")
+
+
 def check_optional_str(name: str, value: Any) -> None:
     if value is not None and (not isinstance(value, str) or not value):
         refuse(name, value, "a non-empty string or None")
