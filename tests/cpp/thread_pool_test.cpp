@@ -1,0 +1,96 @@
+#include "core/thread_pool.h"
+
+#include <gtest/gtest.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace ni {
+namespace {
+
+TEST(ThreadPool, EveryIndexExactlyOnce) {
+  for (int threads : {1, 2, 3, 7}) {
+    ThreadPool pool(threads);
+    ASSERT_EQ(pool.size(), threads);
+    for (int64_t n : {0, 1, 2, 5, 64, 1001}) {
+      for (int64_t grain : {1, 3, 100}) {
+        std::vector<std::atomic<int>> hits(static_cast<size_t>(n));
+        pool.parallel_for(n, grain, [&](int64_t begin, int64_t end, int worker) {
+          EXPECT_LT(begin, end);
+          EXPECT_LT(worker, threads);
+          for (int64_t i = begin; i < end; ++i) ++hits[static_cast<size_t>(i)];
+        });
+        for (const auto& h : hits) EXPECT_EQ(h.load(), 1);
+      }
+    }
+  }
+}
+
+TEST(ThreadPool, WorkersAreDistinctAndRangesAreAtLeastTheGrain) {
+  ThreadPool pool(4);
+  std::vector<std::atomic<int>> calls(4);
+  std::atomic<int> small{0};
+  pool.parallel_for(100, 30, [&](int64_t begin, int64_t end, int worker) {
+    ++calls[static_cast<size_t>(worker)];
+    small += end - begin < 25;
+  });
+  for (const auto& c : calls) EXPECT_EQ(c.load(), 1);
+  EXPECT_EQ(small.load(), 0);
+}
+
+TEST(ThreadPool, ItemsExactlyOnce) {
+  ThreadPool pool(3);
+  std::vector<std::atomic<int>> hits(500);
+  pool.parallel_items(500, [&](int64_t i, int) { ++hits[static_cast<size_t>(i)]; });
+  for (const auto& h : hits) EXPECT_EQ(h.load(), 1);
+}
+
+TEST(ThreadPool, ExceptionsReachTheCallerAndThePoolLivesOn) {
+  ThreadPool pool(3);
+  for (int round = 0; round < 20; ++round) {
+    EXPECT_THROW(pool.parallel_for(3, 1,
+                                   [&](int64_t begin, int64_t, int) {
+                                     if (begin == round % 3) throw std::runtime_error("range");
+                                   }),
+                 std::runtime_error);
+    std::atomic<int64_t> sum{0};
+    pool.parallel_for(10, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) sum += i;
+    });
+    EXPECT_EQ(sum.load(), 45);
+  }
+}
+
+TEST(ThreadPool, ManySmallJobsAndSleepsBetween) {
+  ThreadPool pool(2);
+  int64_t left = 0, right = 0;  // plain: each range writes its own, the pool orders the reads
+  for (int i = 0; i < 2000; ++i) {
+    if (i % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    pool.parallel_for(2, 1, [&](int64_t begin, int64_t, int) { ++(begin == 0 ? left : right); });
+  }
+  EXPECT_EQ(left, 2000);
+  EXPECT_EQ(right, 2000);
+}
+
+TEST(ThreadPool, CallersTakeTurns) {
+  ThreadPool pool(2);
+  int64_t plain = 0;  // only the callers' turns protect it
+  const auto caller = [&] {
+    for (int i = 0; i < 300; ++i)
+      pool.parallel_for(2, 1, [&](int64_t begin, int64_t, int) { plain += begin == 0; });
+  };
+  std::thread other(caller);
+  caller();
+  other.join();
+  EXPECT_EQ(plain, 600);
+}
+
+TEST(ThreadPool, NumThreadsIsChecked) {
+  EXPECT_THROW(ThreadPool(-1), std::invalid_argument);
+  EXPECT_GE(available_cores(), 1);
+  EXPECT_EQ(ThreadPool(0).size(), available_cores());
+}
+
+}  // namespace
+}  // namespace ni
