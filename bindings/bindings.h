@@ -38,10 +38,13 @@ void def_keyword_init(Class& cls) {
   cls.def(py::init([](const py::kwargs& fields) {
     auto value = std::make_unique<T>();
     const py::object self = py::cast(value.get(), py::return_value_policy::reference);
+    const py::type type = py::type::of(self);
+    const py::object property = py::module_::import("builtins").attr("property");
     for (const auto& [key, item] : fields) {
       const auto name = py::cast<std::string>(key);
-      check_arg(py::hasattr(self, key), py::cast<std::string>(py::type::of(self).attr("__name__")),
-                " has no field '", name, "'");
+      check_arg(py::isinstance(py::getattr(type, key, py::none()), property),
+                py::cast<std::string>(type.attr("__name__")), " has no field '", name, "'");
+      check_arg(!item.is_none(), name, ": cannot take None here");  // else a bool would be False
       try {
         py::setattr(self, key, item);
       } catch (py::error_already_set& error) {

@@ -2,6 +2,8 @@
 //
 // Activations are float32 [rows, features] with contiguous rows (any row stride); outputs are
 // written into arrays that the caller gives. bf16 data come and go as their bits in uint16.
+#include <algorithm>
+#include <limits>
 #include <map>
 #include <optional>
 
@@ -12,14 +14,20 @@ namespace ni::python {
 namespace {
 
 using Floats = py::array_t<float>;
-using Ints = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+// No forced casts: an id that does not fit must not turn into another one.
+using Ints = py::array_t<int32_t, py::array::c_style>;
+using Slots = py::array_t<int64_t, py::array::c_style>;
+using Bools = py::array_t<bool, py::array::c_style>;
 
 Tensor matrix(const py::array& a, DType dtype, const char* name) {
   const auto item = static_cast<py::ssize_t>(dtype_size(dtype));
   check_arg(a.ndim() == 2, name, " must have 2 dimensions, got ", a.ndim());
   check_arg(a.itemsize() == item, name, ": elements of ", dtype_name(dtype), " have ", item,
             " bytes, got ", a.itemsize());
-  check_arg(a.strides(1) == item || a.shape(1) <= 1, name, " must have contiguous rows");
+  check_arg(a.strides(1) == item || a.shape(1) <= 1 || a.shape(0) == 0, name,
+            " must have contiguous rows");
+  check_arg(a.strides(0) % item == 0 && reinterpret_cast<uintptr_t>(a.data()) % item == 0, name,
+            " must be aligned to its elements");
   Tensor t(const_cast<void*>(a.data()), dtype, {a.shape(0), a.shape(1)});
   t.row_stride = a.strides(0) / item;
   return t;
@@ -48,6 +56,20 @@ void check_range(const Ints& a, int64_t limit, const char* name) {
   for (py::ssize_t i = 0; i < a.size(); ++i)
     check_arg(a.data()[i] >= 0 && a.data()[i] < limit, name, " holds ", a.data()[i], " at ", i,
               ", the limit is ", limit);
+}
+
+NormWeight norm_weight(std::optional<Floats>& weight, std::optional<Floats>& bias, int64_t size) {
+  check_arg(weight.has_value(), "weight must be given");
+  return {floats(weight, "weight", size), floats(bias, "bias", size)};
+}
+
+// Whether the array's elements are floating-point numbers of this type, or 16 bits that stand for
+// one.
+void check_kind(const py::array& a, DType dtype, const char* name) {
+  const char kind = a.dtype().kind();
+  const bool bits = kind == 'u' || (kind == 'V' && dtype == DType::bf16);
+  check_arg((kind == 'f' && dtype != DType::bf16) || (bits && dtype != DType::f32), name,
+            " holds no ", dtype_name(dtype), " (bfloat16 comes as its bits in uint16)");
 }
 
 // A weight matrix in the backend's layout.
@@ -105,6 +127,8 @@ class Ops {
   std::unique_ptr<Weight> weight(const py::array& rows, const std::string& source_dtype,
                                  const std::string& dtype, std::optional<Floats> bias) {
     const Tensor src = matrix(rows, parse_dtype(source_dtype), "weight");
+    check_kind(rows, src.dtype, "weight");
+    check_arg(src.rows() > 0 && src.cols() > 0, "weight must not be empty");
     auto out = std::make_unique<Weight>();
     out->w.spec = {src.rows(), src.cols(), parse_dtype(dtype), bias.has_value()};
     out->data = backend_->alloc(backend_->weight_bytes(out->w.spec));
@@ -132,6 +156,9 @@ class Ops {
     out->view.block_size = block_size;
     out->view.num_kv_heads = num_kv_heads;
     out->view.head_dim = head_dim;
+    const double slots = static_cast<double>(num_blocks) * block_size;
+    check_arg(slots < 0x1p31 && slots * num_kv_heads * head_dim < 0x1p40, "a cache of ", slots,
+              " slots is too large");
     const auto bytes =
         static_cast<size_t>(out->view.block_bytes()) * static_cast<size_t>(num_blocks);
     out->data = backend_->alloc(bytes);
@@ -148,6 +175,8 @@ class Ops {
     args.scale = scale;
     if (position_table != nullptr) {
       check_range(positions, position_table->w.spec.out_features, "positions");
+      check_arg(position_table->w.spec.in_features == w.w.spec.in_features, "position_table has ",
+                position_table->w.spec.in_features, " features, the weight ", w.w.spec.in_features);
       args.positions = &position_table->w;
     }
     StepInputs in;
@@ -165,14 +194,14 @@ class Ops {
   void norm(const Floats& x, std::optional<Floats> weight, const Floats& out,
             std::optional<Floats> bias, const std::string& kind, float eps) {
     const Tensor t = input(x, "x");
-    const NormWeight w{floats(weight, "weight", t.cols()), floats(bias, "bias", t.cols())};
+    const NormWeight w = norm_weight(weight, bias, t.cols());
     backend_->norm(t, w, norm_args(kind, eps), output(out, "out", t.rows(), t.cols()));
   }
 
   void add_norm(const Floats& x, const Floats& residual, std::optional<Floats> weight,
                 const Floats& out, std::optional<Floats> bias, const std::string& kind, float eps) {
     const Tensor t = input(x, "x");
-    const NormWeight w{floats(weight, "weight", t.cols()), floats(bias, "bias", t.cols())};
+    const NormWeight w = norm_weight(weight, bias, t.cols());
     backend_->add_norm(t, output(residual, "residual", t.rows(), t.cols()), w, norm_args(kind, eps),
                        output(out, "out", t.rows(), t.cols()));
   }
@@ -186,9 +215,8 @@ class Ops {
     backend_->linear(t, w.w, args, output(out, "out", t.rows(), w.w.spec.out_features));
   }
 
-  void rope_kv_write(const Floats& qkv, const Ints& positions,
-                     const py::array_t<int64_t, py::array::c_style | py::array::forcecast>& slots,
-                     Cache& cache, std::optional<Floats> cos, std::optional<Floats> sin,
+  void rope_kv_write(const Floats& qkv, const Ints& positions, const Slots& slots, Cache& cache,
+                     std::optional<Floats> cos, std::optional<Floats> sin,
                      std::optional<Floats> q_norm, std::optional<Floats> k_norm, float eps) {
     const Tensor t = input(qkv, "qkv");
     check_arg(qkv.writeable(), "qkv must be writeable");
@@ -212,6 +240,8 @@ class Ops {
       args.cos = cos->data();
       args.sin = sin->data();
       args.rotary_dim = static_cast<int32_t>(2 * c.cols());
+      check_arg(args.rotary_dim > 0 && args.rotary_dim <= kv.head_dim, "cos and sin rotate ",
+                args.rotary_dim, " dimensions of a head of ", kv.head_dim);
     }
     args.q_norm.weight = floats(q_norm, "q_norm", kv.head_dim);
     args.k_norm.weight = floats(k_norm, "k_norm", kv.head_dim);
@@ -247,10 +277,11 @@ class Ops {
     for (py::ssize_t s = 0; s < seqs; ++s) {
       const int32_t begin = cu_seqlens_q.data()[s], end = cu_seqlens_q.data()[s + 1];
       const int32_t context = context_lens.data()[s];
-      check_arg(end >= begin && context >= end - begin, "sequence ", s, " has ", end - begin,
+      check_arg(end >= begin && end <= t.rows(), "cu_seqlens_q must ascend from 0 to ", t.rows());
+      check_arg(context >= end - begin, "sequence ", s, " has ", end - begin,
                 " rows and a context of ", context);
-      check_arg(context <= in.block_table_stride * kv.block_size, "sequence ", s, ": a context of ",
-                context, " does not fit its block table");
+      check_arg(context <= int64_t{in.block_table_stride} * kv.block_size, "sequence ", s,
+                ": a context of ", context, " does not fit its block table");
       in.max_query_len = std::max(in.max_query_len, end - begin);
       in.max_context_len = std::max(in.max_context_len, context);
       for (int32_t r = begin; r < end; ++r) positions[static_cast<size_t>(r)] = context - (end - r);
@@ -260,8 +291,13 @@ class Ops {
     args.num_heads = static_cast<int32_t>(t.cols() / kv.head_dim);
     args.scale = scale;
     args.window = window;
+    check_arg(window >= 0, "window must not be negative, got ", window);
     check_arg(args.num_heads % kv.num_kv_heads == 0, "heads must be a multiple of num_kv_heads");
-    backend_->attention(t, in, args, kv, output(out, "out", t.rows(), t.cols()));
+    const Tensor o = output(out, "out", t.rows(), t.cols());
+    // The backend takes rows of q, k and v; it reads only q.
+    Tensor qkv = t;
+    qkv.shape[1] += 2 * kv.num_kv_heads * kv.head_dim;
+    backend_->attention(qkv, in, args, kv, o);
   }
 
   void activation(const Floats& x, const std::string& act, bool gated, const Floats& out) {
@@ -299,6 +335,7 @@ class Ops {
     const Tensor given = input(logits, "logits");
     const auto n = static_cast<size_t>(given.rows()), vocab = static_cast<size_t>(given.cols());
     check_arg(rows.size() == n, "one dict a row of logits");
+    check_arg(vocab > 0, "logits must have columns");
     check_arg(max_logprobs >= 0 && static_cast<size_t>(max_logprobs) <= vocab,
               "max_logprobs is out of range");
     SampleRequest r;
@@ -313,6 +350,11 @@ class Ops {
     py::array_t<float> logprobs(static_cast<py::ssize_t>(n));
     py::array_t<int32_t> top_ids({n, top});
     py::array_t<float> top_logprobs({n, top});
+    // What a row does not ask for: NaN, rank 0, token -1.
+    std::fill_n(logprobs.mutable_data(), n, std::numeric_limits<float>::quiet_NaN());
+    std::fill_n(ranks.mutable_data(), n, 0);
+    std::fill_n(top_ids.mutable_data(), n * top, -1);
+    std::fill_n(top_logprobs.mutable_data(), n * top, std::numeric_limits<float>::quiet_NaN());
     const SampleOutputs out{ids.mutable_data(),          logprobs.mutable_data(),
                             ranks.mutable_data(),        top_ids.mutable_data(),
                             top_logprobs.mutable_data(), max_logprobs};
@@ -336,61 +378,83 @@ class Ops {
 
     void add(const py::dict& fields, size_t vocab, int max_logprobs) {
       SamplingRow row;
-      const auto in_vocab = [vocab](int32_t token) {
-        check_arg(token >= 0 && static_cast<size_t>(token) < vocab, "token ", token,
-                  " is not in the vocabulary of ", vocab);
-        return token;
-      };
       for (const auto& [key, value] : fields) {
-        const auto name = py::cast<std::string>(key);
-        if (name == "temperature")
-          row.temperature = py::cast<float>(value);
-        else if (name == "top_p")
-          row.top_p = py::cast<float>(value);
-        else if (name == "min_p")
-          row.min_p = py::cast<float>(value);
-        else if (name == "top_k")
-          row.top_k = py::cast<int32_t>(value);
-        else if (name == "repetition_penalty")
-          row.repetition_penalty = py::cast<float>(value);
-        else if (name == "presence_penalty")
-          row.presence_penalty = py::cast<float>(value);
-        else if (name == "frequency_penalty")
-          row.frequency_penalty = py::cast<float>(value);
-        else if (name == "num_logprobs")
-          row.num_logprobs = py::cast<int32_t>(value);
-        else if (name == "target")
-          row.target = in_vocab(py::cast<int32_t>(value));
-        else if (name == "choice")
-          row.choice = py::cast<uint32_t>(value);
-        else if (name == "seed")
-          row.seed = py::cast<uint64_t>(value);
-        else if (name == "position")
-          row.position = py::cast<int32_t>(value);
-        else if (name == "counts") {
-          row.counts_begin = static_cast<int32_t>(counts.size());
-          for (const auto& [t, c] : py::cast<std::map<int32_t, int32_t>>(value))
-            counts.push_back({in_vocab(t), c});
-          row.counts_end = static_cast<int32_t>(counts.size());
-        } else if (name == "bias") {
-          row.bias_begin = static_cast<int32_t>(biases.size());
-          for (const auto& [t, b] : py::cast<std::map<int32_t, float>>(value))
-            biases.push_back({in_vocab(t), b});
-          row.bias_end = static_cast<int32_t>(biases.size());
-        } else if (name == "mask") {
-          const auto allowed = py::cast<std::vector<bool>>(value);
-          check_arg(allowed.size() == vocab, "mask must have ", vocab, " entries");
-          const size_t words = (vocab + 31) / 32;
-          row.mask_row = static_cast<int32_t>(masks.size() / words);
-          masks.resize(masks.size() + words, 0u);
-          for (size_t t = 0; t < vocab; ++t)
-            if (allowed[t]) masks[masks.size() - words + t / 32] |= 1u << (t % 32);
-        } else {
-          throw std::invalid_argument(concat("a sampling row has no field '", name, "'"));
+        const auto name = py::cast<std::string>(py::str(key));
+        try {
+          set_field(row, name, value, vocab);
+        } catch (const py::cast_error&) {
+          throw std::invalid_argument(
+              concat(name, ": cannot take ", py::cast<std::string>(py::repr(value)), " here"));
         }
       }
-      check_arg(row.num_logprobs <= max_logprobs, "num_logprobs exceeds max_logprobs");
+      check_arg(row.num_logprobs >= -1 && row.num_logprobs <= max_logprobs,
+                "num_logprobs must be in [-1, ", max_logprobs, "] (max_logprobs), got ",
+                row.num_logprobs);
       rows.push_back(row);
+    }
+
+    void set_field(SamplingRow& row, const std::string& name, const py::handle& value,
+                   size_t vocab) {
+      if (name == "temperature")
+        row.temperature = py::cast<float>(value);
+      else if (name == "top_p")
+        row.top_p = py::cast<float>(value);
+      else if (name == "min_p")
+        row.min_p = py::cast<float>(value);
+      else if (name == "top_k")
+        row.top_k = py::cast<int32_t>(value);
+      else if (name == "repetition_penalty")
+        row.repetition_penalty = py::cast<float>(value);
+      else if (name == "presence_penalty")
+        row.presence_penalty = py::cast<float>(value);
+      else if (name == "frequency_penalty")
+        row.frequency_penalty = py::cast<float>(value);
+      else if (name == "num_logprobs")
+        row.num_logprobs = py::cast<int32_t>(value);
+      else if (name == "target")
+        row.target = in_vocab(py::cast<int32_t>(value), vocab);
+      else if (name == "choice")
+        row.choice = py::cast<uint32_t>(value);
+      else if (name == "seed")
+        row.seed = py::cast<uint64_t>(value);
+      else if (name == "position")
+        row.position = py::cast<int32_t>(value);
+      else if (name == "counts")
+        set_counts(row, py::cast<std::map<int32_t, int32_t>>(value), vocab);
+      else if (name == "bias")
+        set_bias(row, py::cast<std::map<int32_t, float>>(value), vocab);
+      else if (name == "mask")
+        set_mask(row, py::cast<Bools>(value), vocab);
+      else
+        throw std::invalid_argument(concat("a sampling row has no field '", name, "'"));
+    }
+
+    void set_counts(SamplingRow& row, const std::map<int32_t, int32_t>& values, size_t vocab) {
+      row.counts_begin = static_cast<int32_t>(counts.size());
+      for (const auto& [token, count] : values) counts.push_back({in_vocab(token, vocab), count});
+      row.counts_end = static_cast<int32_t>(counts.size());
+    }
+
+    void set_bias(SamplingRow& row, const std::map<int32_t, float>& values, size_t vocab) {
+      row.bias_begin = static_cast<int32_t>(biases.size());
+      for (const auto& [token, bias] : values) biases.push_back({in_vocab(token, vocab), bias});
+      row.bias_end = static_cast<int32_t>(biases.size());
+    }
+
+    void set_mask(SamplingRow& row, const Bools& allowed, size_t vocab) {
+      check_arg(static_cast<size_t>(allowed.size()) == vocab, "mask must have ", vocab,
+                " entries, got ", allowed.size());
+      const size_t words = (vocab + 31) / 32, first = masks.size();
+      row.mask_row = static_cast<int32_t>(first / words);
+      masks.resize(first + words, 0u);
+      for (size_t t = 0; t < vocab; ++t)
+        if (allowed.data()[t]) masks[first + t / 32] |= 1u << (t % 32);
+    }
+
+    static int32_t in_vocab(int32_t token, size_t vocab) {
+      check_arg(token >= 0 && static_cast<size_t>(token) < vocab, "token ", token,
+                " is not in the vocabulary of ", vocab);
+      return token;
     }
 
     StepInputs inputs() const {

@@ -1,6 +1,7 @@
 // Scheduler and block manager on their own: for study, tests and benchmarks without a model.
 #include "engine/scheduler.h"
 
+#include <algorithm>
 #include <map>
 
 #include "bindings.h"
@@ -41,6 +42,25 @@ void bind_sampling_params(py::module_& m) {
   def_keyword_init<SamplingParams>(c);
 }
 
+// Python may change a sequence, or bring one that another manager knows: whatever is used as an
+// index is checked before the manager sees it.
+Sequence& checked(const BlockManager& blocks, Sequence& seq) {
+  const auto held = static_cast<int64_t>(seq.block_table.size());
+  const int64_t most = std::min<int64_t>(seq.num_tokens(), held * blocks.block_size());
+  check_arg(seq.num_computed >= 0 && seq.num_computed <= most, "num_computed must be in [0, ", most,
+            "] (tokens that have a slot), got ", seq.num_computed);
+  check_arg(seq.num_committed_blocks <= held, "the sequence has committed blocks that it lost");
+  for (const int32_t b : seq.block_table)
+    check_arg(b < blocks.num_blocks() && blocks.ref_count(b) > 0, "the sequence holds block ", b,
+              ", which this manager did not give to it");
+  return seq;
+}
+
+int not_negative(int num_tokens) {
+  check_arg(num_tokens >= 0, "num_tokens must not be negative, got ", num_tokens);
+  return num_tokens;
+}
+
 void bind_block_manager(py::module_& m) {
   py::class_<Sequence>(m, "Sequence")
       .def(py::init([](std::vector<int32_t> tokens, const std::string& cache_salt) {
@@ -73,22 +93,44 @@ void bind_block_manager(py::module_& m) {
       .def_property_readonly("num_blocks", &BlockManager::num_blocks)
       .def_property_readonly("num_available", &BlockManager::num_available)
       .def("lookup_prefix", &BlockManager::lookup_prefix, py::arg("seq"))
-      .def("take_prefix", &BlockManager::take_prefix, py::arg("seq"))
-      .def("blocks_needed", &BlockManager::blocks_needed, py::arg("seq"), py::arg("num_tokens"))
+      .def(
+          "take_prefix",
+          [](BlockManager& self, Sequence& seq) { return self.take_prefix(checked(self, seq)); },
+          py::arg("seq"))
+      .def(
+          "blocks_needed",
+          [](const BlockManager& self, Sequence& seq, int num_tokens) {
+            return self.blocks_needed(checked(self, seq), not_negative(num_tokens));
+          },
+          py::arg("seq"), py::arg("num_tokens"))
       .def(
           "grow",
           [](BlockManager& self, Sequence& seq, int num_tokens) -> py::object {
             std::vector<BlockCopy> copies;
-            if (!self.grow(seq, num_tokens, copies)) return py::none();
+            if (!self.grow(checked(self, seq), not_negative(num_tokens), copies)) return py::none();
             py::list out;
             for (const BlockCopy& c : copies) out.append(py::make_tuple(c.src, c.dst));
             return out;
           },
           py::arg("seq"), py::arg("num_tokens"))
-      .def("fork", &BlockManager::fork, py::arg("parent"), py::arg("child"))
-      .def("commit", &BlockManager::commit, py::arg("seq"))
-      .def("shrink", &BlockManager::shrink, py::arg("seq"), py::arg("num_tokens"))
-      .def("free", &BlockManager::free, py::arg("seq"))
+      .def(
+          "fork",
+          [](BlockManager& self, Sequence& parent, Sequence& child) {
+            self.fork(checked(self, parent), checked(self, child));
+          },
+          py::arg("parent"), py::arg("child"))
+      .def(
+          "commit", [](BlockManager& self, Sequence& seq) { self.commit(checked(self, seq)); },
+          py::arg("seq"))
+      .def(
+          "shrink",
+          [](BlockManager& self, Sequence& seq, int num_tokens) {
+            self.shrink(checked(self, seq), not_negative(num_tokens));
+          },
+          py::arg("seq"), py::arg("num_tokens"))
+      .def(
+          "free", [](BlockManager& self, Sequence& seq) { self.free(checked(self, seq)); },
+          py::arg("seq"))
       .def("reset_prefix_cache", &BlockManager::reset_prefix_cache)
       .def("stats",
            [](const BlockManager& self) {
@@ -155,8 +197,10 @@ py::list update_list(const std::vector<SequenceUpdate>& updates) {
 
 // The scheduler with the plan that it last made: update() needs to know how many samples to expect.
 struct StudyScheduler {
-  StudyScheduler(const SchedulerConfig& config, BlockManager& blocks) : scheduler(config, blocks) {}
+  StudyScheduler(const SchedulerConfig& config, BlockManager& blocks)
+      : scheduler(config, blocks), vocab_size(config.vocab_size) {}
   Scheduler scheduler;
+  int vocab_size;
   int num_samples = 0;
 };
 
@@ -213,6 +257,9 @@ void bind_scheduler(py::module_& m) {
           [](StudyScheduler& self, const std::vector<int32_t>& samples) {
             check_arg(static_cast<int>(samples.size()) == self.num_samples, "the step samples ",
                       self.num_samples, " tokens, got ", samples.size());
+            for (const int32_t token : samples)
+              check_arg(token >= 0 && token < self.vocab_size, "token ", token,
+                        " is not in the vocabulary of ", self.vocab_size);
             std::vector<SequenceUpdate> updates;
             self.scheduler.update(samples.data(), updates);
             return update_list(updates);
