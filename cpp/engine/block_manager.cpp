@@ -42,7 +42,7 @@ BlockManager::BlockManager(BlockManagerConfig config) : config_(std::move(config
   for (int32_t b = 0; b < sentinel; ++b) link_between(b, at(sentinel).prev, sentinel);
   num_available_ = config_.num_blocks;
   if (config_.enable_prefix_caching) {
-    buckets_.assign(std::bit_ceil(n), kNone);
+    table_.resize(std::bit_ceil(2 * n));
     tokens_ =
         std::make_unique_for_overwrite<int32_t[]>(n * static_cast<size_t>(config_.block_size));
   }
@@ -75,7 +75,21 @@ int32_t BlockManager::allocate() {
     ++counters_.evictions;
     forget(block);
   }
+  prefetch(blocks_.back().next);
   return block;
+}
+
+// The next block to be handed out is known long before it is wanted. With many blocks its lines are
+// in none of the caches, and loading them one after the other would be most of the cost of a new
+// block.
+void BlockManager::prefetch(int32_t block) const {
+  if (block == config_.num_blocks) return;
+  const Block& next = at(block);
+  __builtin_prefetch(&at(next.next), 1);
+  __builtin_prefetch(&ref_counts_[static_cast<size_t>(block)], 1);
+  if (!config_.enable_prefix_caching) return;
+  __builtin_prefetch(&table_[home_of(next.hash)], 1);
+  __builtin_prefetch(tokens_of(block), 1);
 }
 
 void BlockManager::acquire(int32_t block) {
@@ -115,18 +129,22 @@ uint64_t BlockManager::hash_of(const Link& parent, const Sequence& seq, int inde
 // The cached block with the contents of the sequence's block `index`, or kNone.
 int32_t BlockManager::find(uint64_t hash, const Link& parent, const Sequence& seq,
                            int index) const {
+  const auto low = static_cast<uint32_t>(hash);
+  for (size_t i = home_of(low); table_[i].block != kNone; i = after(i))
+    if (table_[i].hash == low && holds(table_[i].block, parent, seq, index)) return table_[i].block;
+  return kNone;
+}
+
+// Are these the contents? The hash has only suggested it.
+bool BlockManager::holds(int32_t block, const Link& parent, const Sequence& seq, int index) const {
+  if (at(block).parent != parent.id) return false;
   const auto count = static_cast<size_t>(config_.block_size);
   const int32_t* tokens = seq.tokens.data() + static_cast<size_t>(index) * count;
-  int32_t b = buckets_[hash & (buckets_.size() - 1)];
-  for (; b != kNone; b = at(b).bucket_next) {
-    if (at(b).hash != hash || at(b).parent != parent.id) continue;
-    if (std::memcmp(tokens_of(b), tokens, count * sizeof(int32_t)) != 0) continue;
-    if (parent.id != 0) return b;  // the parent's identity implies the salt
-    const auto salt = salts_.find(b);
-    const std::string& wanted = seq.request->cache_salt;
-    if (salt == salts_.end() ? wanted.empty() : salt->second == wanted) return b;
-  }
-  return kNone;
+  if (std::memcmp(tokens_of(block), tokens, count * sizeof(int32_t)) != 0) return false;
+  if (parent.id != 0) return true;  // the parent's identity implies the salt
+  const auto salt = salts_.find(block);
+  const std::string& wanted = seq.request->cache_salt;
+  return salt == salts_.end() ? wanted.empty() : salt->second == wanted;
 }
 
 void BlockManager::remember(int32_t block, uint64_t hash, const Link& parent, const Sequence& seq,
@@ -138,15 +156,23 @@ void BlockManager::remember(int32_t block, uint64_t hash, const Link& parent, co
   Block& b = at(block);
   b.id = next_id_++;
   b.parent = parent.id;
-  b.hash = hash;
-  b.bucket_next = std::exchange(bucket_of(hash), block);
+  b.hash = static_cast<uint32_t>(hash);
+  size_t place = home_of(b.hash);
+  while (table_[place].block != kNone) place = after(place);
+  table_[place] = {b.hash, block};
 }
 
 void BlockManager::forget(int32_t block) {
-  int32_t* link = &bucket_of(at(block).hash);
-  while (*link != block) link = &at(*link).bucket_next;
-  *link = at(block).bucket_next;
-  at(block).bucket_next = kNone;
+  size_t hole = home_of(at(block).hash);
+  while (table_[hole].block != block) hole = after(hole);
+  // Entries behind the hole move up, unless that would put them before their home.
+  const size_t mask = table_.size() - 1;
+  for (size_t i = after(hole); table_[i].block != kNone; i = after(i)) {
+    if (((i - home_of(table_[i].hash)) & mask) < ((i - hole) & mask)) continue;
+    table_[hole] = table_[i];
+    hole = i;
+  }
+  table_[hole].block = kNone;
   if (at(block).parent == 0 && !salts_.empty()) salts_.erase(block);
   at(block).id = 0;
 }
@@ -188,22 +214,23 @@ int BlockManager::take_prefix(Sequence& seq) {
   return seq.num_computed;
 }
 
-void BlockManager::commit(Sequence& seq) {
+void BlockManager::commit_full_blocks(Sequence& seq) {
   if (!config_.enable_prefix_caching) return;
   const int full = seq.num_computed / config_.block_size;
   for (int i = seq.num_committed_blocks; i < full; ++i) {
-    const int32_t own = seq.block_table[static_cast<size_t>(i)];
-    if (at(own).id != 0) {  // a fork that shares it was faster
-      seq.committed_id = at(own).id;
-      seq.committed_hash = at(own).hash;
-    } else {
-      const Link parent = i == 0 ? root(seq) : Link{seq.committed_id, seq.committed_hash};
-      const uint64_t hash = hash_of(parent, seq, i);
+    const Link parent = i == 0 ? root(seq) : Link{seq.committed_id, seq.committed_hash};
+    const uint64_t hash = hash_of(parent, seq, i);
+    int32_t block = seq.block_table[static_cast<size_t>(i)];
+    if (at(block).id == 0) {  // else a fork that shares it was faster
       const int32_t found = find(hash, parent, seq, i);
-      if (found == kNone) remember(own, hash, parent, seq, i);
-      seq.committed_id = at(found == kNone ? own : found).id;
-      seq.committed_hash = hash;
+      if (found == kNone) {
+        remember(block, hash, parent, seq, i);
+      } else {
+        block = found;
+      }
     }
+    seq.committed_id = at(block).id;
+    seq.committed_hash = hash;
     seq.num_committed_blocks = i + 1;
   }
 }
@@ -211,11 +238,8 @@ void BlockManager::commit(Sequence& seq) {
 void BlockManager::reset_prefix_cache() {
   check_invariant(num_available_ == config_.num_blocks,
                   "the prefix cache cannot be reset while blocks are referenced");
-  for (int32_t b = 0; b < config_.num_blocks; ++b) {
-    at(b).id = 0;
-    at(b).bucket_next = kNone;
-  }
-  std::fill(buckets_.begin(), buckets_.end(), kNone);
+  for (Block& block : blocks_) block.id = 0;
+  std::fill(table_.begin(), table_.end(), Entry{});
   salts_.clear();
   num_cached_ = 0;
 }
@@ -303,14 +327,17 @@ void BlockManager::check_available_list() const {
 void BlockManager::check_prefix_cache() const {
   int known = 0, listed = 0;
   for (int32_t b = 0; b < config_.num_blocks; ++b) known += at(b).id != 0;
-  for (size_t i = 0; i < buckets_.size(); ++i) {
-    for (int32_t b = buckets_[i]; b != kNone; b = at(b).bucket_next) {
-      check_invariant(++listed <= known, "a bucket of the prefix cache has a cycle");
-      check_invariant(at(b).id != 0, "a block without contents is in the prefix cache");
-      check_invariant((at(b).hash & (buckets_.size() - 1)) == i, "a block is in a wrong bucket");
-    }
+  for (size_t i = 0; i < table_.size(); ++i) {
+    const auto [hash, block] = table_[i];
+    if (block == kNone) continue;
+    ++listed;
+    check_invariant(at(block).id != 0 && at(block).hash == hash,
+                    "a block without these contents is in the prefix cache");
+    for (size_t j = home_of(hash); j != i; j = after(j))
+      check_invariant(table_[j].block != kNone && table_[j].block != block,
+                      "a cached block cannot be found, or is there twice");
   }
-  check_invariant(listed == known, "a cached block cannot be found");
+  check_invariant(listed == known, "a cached block is missing in the prefix cache");
   for (const auto& [block, salt] : salts_)
     check_invariant(at(block).id != 0 && at(block).parent == 0 && !salt.empty(),
                     "a salt belongs to no first block");

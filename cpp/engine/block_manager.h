@@ -97,12 +97,16 @@ class BlockManager {
 
  private:
   static constexpr int32_t kNone = -1;
-  struct Block {
+  struct alignas(32) Block {             // never across two cache lines
     int32_t prev = kNone, next = kNone;  // in the list of available blocks
-    int32_t bucket_next = kNone;         // in its bucket of the prefix cache
+    uint32_t hash = 0;                   // low half; where it is in the table
     uint64_t id = 0;      // identity of its cached contents; 0: not in the prefix cache
     uint64_t parent = 0;  // identity of the contents before it; 0: it is a first block
-    uint64_t hash = 0;
+  };
+  // Of the prefix cache's table: open addressing, linear probing.
+  struct Entry {
+    uint32_t hash = 0;
+    int32_t block = kNone;  // kNone: empty
   };
   // A place in a chain of contents: what comes before the next block.
   struct Link {
@@ -113,9 +117,12 @@ class BlockManager {
   Block& at(int32_t block) { return blocks_[static_cast<size_t>(block)]; }
   const Block& at(int32_t block) const { return blocks_[static_cast<size_t>(block)]; }
   int32_t* tokens_of(int32_t block) const;
-  int32_t& bucket_of(uint64_t hash) { return buckets_[hash & (buckets_.size() - 1)]; }
+  size_t home_of(uint32_t hash) const { return hash & (table_.size() - 1); }
+  size_t after(size_t place) const { return (place + 1) & (table_.size() - 1); }
 
+  void commit_full_blocks(Sequence& seq);
   int32_t allocate();
+  void prefetch(int32_t block) const;
   void acquire(int32_t block);
   void release(int32_t block);
   void unlink(int32_t block);
@@ -124,6 +131,7 @@ class BlockManager {
   Link root(const Sequence& seq) const;
   uint64_t hash_of(const Link& parent, const Sequence& seq, int index) const;
   int32_t find(uint64_t hash, const Link& parent, const Sequence& seq, int index) const;
+  bool holds(int32_t block, const Link& parent, const Sequence& seq, int index) const;
   void remember(int32_t block, uint64_t hash, const Link& parent, const Sequence& seq, int index);
   void forget(int32_t block);
   template <typename Visit>
@@ -135,7 +143,7 @@ class BlockManager {
   std::vector<int32_t> ref_counts_;  // apart from Block: read for every sequence in every step
   std::vector<Block> blocks_;  // the last is the sentinel of the circular list of available blocks:
                                // free ones first, then cached ones, least recently used first
-  std::vector<int32_t> buckets_;  // prefix cache: first block of each chain; size is a power of two
+  std::vector<Entry> table_;   // the size is a power of two, at least twice num_blocks
   std::unique_ptr<int32_t[]>
       tokens_;  // [num_blocks, block_size] of cached blocks, for the comparison
   std::unordered_map<int32_t, std::string> salts_;  // of cached first blocks that have one
@@ -145,14 +153,24 @@ class BlockManager {
   BlockManagerStats counters_;
 };
 
-// Inline: asked for every sequence in every step.
+// Inline: asked for every sequence in every step. Products, because a division costs more.
 inline int BlockManager::blocks_needed(const Sequence& seq, int num_tokens) const {
+  const int size = config_.block_size;
   const int held = static_cast<int>(seq.block_table.size());
-  const int wanted = blocks_for(num_tokens);
-  int needed = std::max(0, wanted - held);
-  for (int i = seq.num_computed / config_.block_size; i < std::min(held, wanted); ++i)
+  int needed = 0, writable = held;
+  if (int64_t{held} * size < num_tokens) {
+    needed = blocks_for(num_tokens) - held;
+  } else {
+    while (int64_t{writable - 1} * size >= num_tokens) --writable;
+  }
+  for (int i = writable - 1; i >= 0 && int64_t{i + 1} * size > seq.num_computed; --i)
     needed += ref_count(seq.block_table[static_cast<size_t>(i)]) > 1;
   return needed;
+}
+
+inline void BlockManager::commit(Sequence& seq) {
+  if (seq.num_computed - seq.num_committed_blocks * config_.block_size >= config_.block_size)
+    commit_full_blocks(seq);
 }
 
 }  // namespace ni
