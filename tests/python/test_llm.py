@@ -313,6 +313,15 @@ def test_closing_a_stream_frees_its_blocks(endless_model_dir: Path) -> None:
         assert wait_until_idle(llm)["aborted"] == 1
 
 
+def test_a_stop_string_frees_the_blocks(endless_model_dir: Path) -> None:
+    with LLM(str(endless_model_dir), num_blocks=12_500, use_tqdm_on_load=False) as llm:
+        params = greedy(max_tokens=None, stop="aaa", allowed_token_ids=[97])
+        assert llm.generate("abc", params)[0].outputs[0].stop_reason == "aaa"
+        stats = wait_until_idle(llm)
+        assert (stats["finished"], stats["aborted"]) == (1, 0)
+        assert stats["generated_tokens"] < 100_000
+
+
 def test_streams_side_by_side_and_a_batch_between(llm: LLM) -> None:
     params = [wild(seed=i, max_tokens=40) for i in range(3)]
     expected = [llm.generate("abc", p)[0].outputs[0].text for p in params]

@@ -1,5 +1,5 @@
 """Stream = non-stream, byte for byte: however the engine's tokens arrive, and however they are
-taken, the result is the same. Outputs of the engine are made up here, so that every split is possible."""
+taken, the result is the same. The engine's outputs are made up here, so that every split occurs."""
 
 from __future__ import annotations
 
