@@ -1,0 +1,181 @@
+"""What the Python benchmarks share: the machine's own rates, models with random weights, tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nano_inference import _core
+
+HERE = Path(__file__).resolve().parent
+GB = 1e9
+
+# -- The machine ----------------------------------------------------------------------------------
+
+
+@cache
+def machine_program() -> Path:
+    """Compiles machine.cpp, once a run; it needs a C++ compiler (CXX, else c++)."""
+    program = Path(tempfile.mkdtemp(prefix="nano-inference-")) / "machine"
+    compiler = os.environ.get("CXX", "c++")
+    source = HERE / "machine.cpp"
+    subprocess.run(
+        [compiler, "-O3", "-std=c++20", "-pthread", str(source), "-o", str(program)], check=True
+    )
+    return program
+
+
+def measure_machine(threads: int) -> dict[str, float]:
+    """Bytes a second read from memory; fp32, bf16 operations a second (a multiply-add is two)."""
+    out = subprocess.run(
+        [str(machine_program()), str(threads)], check=True, capture_output=True, text=True
+    )
+    rates: dict[str, float] = json.loads(out.stdout)
+    return rates
+
+
+def mean_rates(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {key: (before[key] + after[key]) / 2 for key in before}
+
+
+def cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
+    return found[1] if found else platform.machine()
+
+
+def commit() -> str:
+    """Of the checkout that this file is in; + where tracked files differ from it."""
+
+    def git(*args: str) -> str:
+        out = subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True)
+        return out.stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD") or "unknown"
+    return head + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def context(threads: int, device: str) -> dict[str, Any]:
+    """Where and when a result was measured."""
+    return {
+        "cpu": cpu_model(),
+        "threads": threads,
+        "backend": device,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+# -- Models ---------------------------------------------------------------------------------------
+
+
+def model_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float = 1e6,
+) -> _core.ModelConfig:
+    """A model built as Qwen3 is."""
+    inv_freq = rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    return _core.ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=40960,
+        qk_norm=True,
+        tie_embeddings=True,
+        ropes=[_core.RopeConfig(inv_freq.tolist())],
+        layers=[_core.LayerConfig()] * num_layers,
+    )
+
+
+QWEN3_0_6B = dict(
+    vocab_size=151_936,
+    hidden_size=1024,
+    intermediate_size=3072,
+    num_layers=28,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=128,
+)
+
+
+def random_engine(model: _core.ModelConfig, **config: Any) -> _core.Engine:
+    """An engine with random bf16 weights, loaded and not yet started."""
+    engine = _core.Engine(_core.EngineConfig(**config), model)
+    rng = np.random.default_rng(1)
+    pool = (rng.standard_normal(1 << 22, dtype=np.float32) * 0.02).view(np.uint32)
+    pool = ((pool + 0x8000) >> 16).astype(np.uint16)  # bf16 bits
+    for name, shape in _core.Engine.weight_slots(model).items():
+        if "norm" in name:
+            engine.load_weight(name, np.ones(shape, np.float32), "float32")
+        else:  # start somewhere else for each, so that no two tensors are equal
+            values = np.resize(np.roll(pool, -int(rng.integers(len(pool)))), shape)
+            engine.load_weight(name, values, "bfloat16")
+    engine.finish_loading()
+    return engine
+
+
+def run_requests(engine: _core.Engine, requests: list[tuple[np.ndarray, int]]) -> list[list[int]]:
+    """Runs (prompt, output length) pairs, greedily, to their end. The engine must be started."""
+    tokens: list[list[int]] = [[] for _ in requests]
+    for i, (prompt, length) in enumerate(requests):
+        params = _core.SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+        engine.submit(i, prompt, params)
+    done = 0
+    while done < len(requests):
+        for output in engine.wait_outputs(60.0):
+            tokens[output.request_id] += output.token_ids
+            if output.finish_reason not in ("", "length"):
+                raise RuntimeError(f"request {output.request_id}: {output.error}")
+            done += output.request_done
+    return tokens
+
+
+# -- Results --------------------------------------------------------------------------------------
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """Column names are the keys of the first row; numbers to the right."""
+    names = list(rows[0])
+    right = [any(isinstance(row[name], (int, float)) for row in rows) for name in names]
+
+    def text(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+        return str(value)
+
+    lines = [names, ["--:" if r else "---" for r in right]]
+    lines += [[text(row.get(name, "")) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def save(name: str, result: dict[str, Any], title: str, rows: list[dict[str, Any]]) -> None:
+    """results/NAME.json and NAME.md, for the repository."""
+    about = ", ".join(f"{key} {value}" for key, value in result["context"].items())
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.md").write_text(f"# {title}\n\n{about}\n\n{markdown_table(rows)}\n")
