@@ -479,15 +479,17 @@ void Engine::publish() {
 }
 
 void Engine::abort_all() {
-  drain_inbox();
-  std::vector<uint64_t> ids;
-  {
-    const std::lock_guard lock(mutex_);
-    ids.assign(live_.begin(), live_.end());
+  if (counters_.healthy) {  // else everything has ended, and the scheduler is not to be trusted
+    drain_inbox();
+    std::vector<uint64_t> ids;
+    {
+      const std::lock_guard lock(mutex_);
+      ids.assign(live_.begin(), live_.end());
+    }
+    for (const uint64_t id : ids) scheduler_.abort(id, -1, FinishReason::abort, updates_);
+    step_end_ = now();
+    emit_ended("");
   }
-  for (const uint64_t id : ids) scheduler_.abort(id, -1, FinishReason::abort, updates_);
-  step_end_ = now();
-  emit_ended("");
   publish();
   {
     const std::lock_guard lock(mutex_);

@@ -174,12 +174,17 @@ std::string name_of(const ::testing::TestParamInfo<Numbers>& info) {
                 dtype_name(info.param.kv));
 }
 
-std::vector<Numbers> all_numbers() {
+std::vector<Numbers> best_numbers() {
   const std::string best = cpu_isas().front();
-  std::vector<Numbers> out = {{best, DType::f32, DType::f32},
-                              {best, DType::bf16, DType::bf16},
-                              {best, DType::bf16, DType::f32},
-                              {best, DType::f16, DType::f16}};
+  return {{best, DType::f32, DType::f32},
+          {best, DType::bf16, DType::bf16},
+          {best, DType::bf16, DType::f32},
+          {best, DType::f16, DType::f16}};
+}
+
+std::vector<Numbers> all_numbers() {
+  std::vector<Numbers> out = best_numbers();
+  const std::string best = out.front().isa;
   for (const std::string& isa : cpu_isas())
     if (isa != best) out.push_back({isa, DType::bf16, DType::bf16});
   return out;
@@ -187,16 +192,16 @@ std::vector<Numbers> all_numbers() {
 
 class Needle : public ::testing::TestWithParam<Numbers> {
  protected:
-  std::unique_ptr<Engine> make(const Scenario& s) {
+  std::unique_ptr<Engine> make(const Scenario& s, const ModelConfig& model = tiny_model()) {
     EngineConfig c = config_of(s, tiny_config());
     c.isa = GetParam().isa;
     c.dtype = GetParam().dtype;
     c.kv_cache_dtype = GetParam().kv;
-    return make_engine(c);
+    return make_engine(c, nullptr, model);
   }
-  Results alone() {
+  Results alone(const ModelConfig& model = tiny_model()) {
     const Scenario s{.name = "alone"};
-    return run_alone([&] { return make(s); });
+    return run_alone([&] { return make(s, model); });
   }
 };
 
@@ -263,6 +268,27 @@ TEST_P(Needle, SameBytesInEveryCompany) {
   }
 }
 
+// The cutting into pieces is the same code for every instruction set.
+class WideNeedle : public Needle {};
+
+// Wide enough that every operator is cut into pieces for several threads, in decode steps too.
+TEST_P(WideNeedle, SameBytesOnAnyNumberOfThreads) {
+  ModelConfig model = tiny_model();
+  model.vocab_size = 1003;
+  model.hidden_size = 160;
+  model.intermediate_size = 200;
+  model.head_dim = 32;
+  const Results expected = alone(model);
+  for (const int threads : {2, 3}) {
+    SCOPED_TRACE(threads);
+    const Scenario s{
+        .name = "threads", .neighbours = 3, .budget = 100 + threads, .num_threads = threads};
+    const std::unique_ptr<Engine> engine = make(s, model);
+    expect_same(expected, run_in_company(*engine, s, static_cast<uint64_t>(threads)).results);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Numbers, WideNeedle, ::testing::ValuesIn(best_numbers()), name_of);
 INSTANTIATE_TEST_SUITE_P(Numbers, Needle, ::testing::ValuesIn(all_numbers()), name_of);
 
 // Inverse tests: the proof above bites when a reduction depends on the batch.
