@@ -49,6 +49,23 @@ void check_sequences(const StepInputs& in, const AttnArgs& a, const KvView& kv) 
   }
 }
 
+// Rounds n floats and stores them `stride` elements apart.
+void store_strided(const KernelTable& kernels, const float* from, int64_t n, DType dtype,
+                   int64_t stride, char* to) {
+  constexpr int64_t kPart = 64;
+  alignas(64) char part[kPart * 4];
+  for (int64_t begin = 0; begin < n; begin += kPart) {
+    const int64_t count = std::min(kPart, n - begin);
+    kernels.store_floats(from + begin, count, dtype, part);
+    for (int64_t i = 0; i < count; ++i) {
+      if (dtype == DType::f32)
+        std::memcpy(to + (begin + i) * stride * 4, part + i * 4, 4);
+      else
+        std::memcpy(to + (begin + i) * stride * 2, part + i * 2, 2);
+    }
+  }
+}
+
 // A thread's working memory for one item.
 struct Workspace {
   float* q;        // packed queries
@@ -111,8 +128,7 @@ class AttentionItem {
     for (int32_t tile = seen_from(start) / kAttnTile * kAttnTile; tile < context_end;
          tile += kAttnTile) {
       AttnTile t;
-      find_tile(table, head, tile, std::max(seen_from(start), tile),
-                std::min(context_end, tile + kAttnTile), ws, t);
+      find_tile(table, head, tile, std::max(seen_from(start), tile), context_end, ws, t);
       for (int b = 0; b < blocks; ++b)
         run_block(t, tile, start, block_begin(b), block_begin(b + 1), ws);
     }
@@ -139,8 +155,9 @@ class AttentionItem {
 
   // Where the tile's positions [begin, end) lie in the cache; copied as fp32 where a block is
   // smaller than a sub-tile or rows of V are not whole vectors.
-  void find_tile(const int32_t* table, int32_t head, int32_t tile, int32_t begin, int32_t end,
-                 Workspace& ws, AttnTile& t) const {
+  void find_tile(const int32_t* table, int32_t head, int32_t tile, int32_t begin,
+                 int32_t context_end, Workspace& ws, AttnTile& t) const {
+    const int32_t end = std::min(context_end, tile + kAttnTile);
     const auto bytes = static_cast<int64_t>(dtype_size(kv_.dtype));
     const auto* k = static_cast<const char*>(kv_.k);
     const auto* v = static_cast<const char*>(kv_.v);
@@ -153,6 +170,11 @@ class AttentionItem {
         const int32_t block = table[from / kv_.block_size], slot = from % kv_.block_size;
         t.k[s] = k + kv_.k_offset(block, head, slot, 0) * bytes;
         t.v[s] = v + kv_.v_offset(block, head, slot, 0) * bytes;
+        t.next_k[s] = t.k[s];
+        if (const int32_t next = from + kAttnTile; next < context_end)
+          t.next_k[s] =
+              k +
+              kv_.k_offset(table[next / kv_.block_size], head, next % kv_.block_size, 0) * bytes;
       } else {
         float* to_k = ws.k_tile + s * kSubTile * kv_.head_dim;
         float* to_v = ws.v_tile + s * kSubTile * v_dim_;
@@ -162,7 +184,7 @@ class AttentionItem {
             gather_token(table[p / kv_.block_size], head, p % kv_.block_size, to_k + i,
                          to_v + i * v_dim_);
         }
-        t.k[s] = to_k;
+        t.k[s] = t.next_k[s] = to_k;
         t.v[s] = to_v;
       }
     }
@@ -262,8 +284,7 @@ void CpuBackend::rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs&
         const float* v = k + kv.num_kv_heads * d;
         prepare(k, a.k_norm, in.positions[t]);
         char* to = static_cast<char*>(kv.k) + kv.k_offset(block, h, slot, 0) * bytes;
-        for (int64_t i = 0; i < d; ++i)
-          kernels_.store_floats(k + i, 1, kv.dtype, to + i * kv.tile() * bytes);
+        store_strided(kernels_, k, d, kv.dtype, kv.tile(), to);
         kernels_.store_floats(v, d, kv.dtype,
                               static_cast<char*>(kv.v) + kv.v_offset(block, h, slot, 0) * bytes);
       }

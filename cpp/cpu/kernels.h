@@ -41,16 +41,17 @@ struct AttnTile {
   const float* q;  // [head_dim][rows], scaled
   int rows;        // <= KernelTable::block_rows
   int head_dim;
-  int v_dim;                 // head_dim rounded up to 16: elements of a row of V and of o
-  DType dtype;               // of k and v
-  const void* k[kSubTiles];  // [head_dim][kSubTile] each
-  const void* v[kSubTiles];  // [kSubTile][v_dim] each
-  const int32_t* begin;      // [rows] tokens [begin, end) of the tile that the row sees;
-  const int32_t* end;        //        begin == end: none
-  int first, last;           // tokens that some row sees; sub-tiles outside may be null
-  float* m;                  // [rows] running maximum
-  float* l;                  // [rows] running sum of exp(score - m)
-  float* o;                  // [rows][v_dim] running sum of exp(score - m) * v
+  int v_dim;                      // head_dim rounded up to 16: elements of a row of V and of o
+  DType dtype;                    // of k and v
+  const void* k[kSubTiles];       // [head_dim][kSubTile] each
+  const void* v[kSubTiles];       // [kSubTile][v_dim] each
+  const void* next_k[kSubTiles];  // to fetch ahead: K of the next tile, else the same as k
+  const int32_t* begin;           // [rows] tokens [begin, end) of the tile that the row sees;
+  const int32_t* end;             //        begin == end: none
+  int first, last;                // tokens that some row sees; sub-tiles outside may be null
+  float* m;                       // [rows] running maximum
+  float* l;                       // [rows] running sum of exp(score - m)
+  float* o;                       // [rows][v_dim] running sum of exp(score - m) * v
 };
 
 struct KernelTable {

@@ -8,6 +8,16 @@
 namespace ni {
 namespace {
 
+// With few rows, memory is the limit, and a block of the cache is too short for the hardware to see
+// where it goes: V is fetched while scores are computed, the next tile's K while V is summed. Into
+// the L2 cache: the L1 has too few outstanding misses to reach the memory's bandwidth.
+constexpr int kPrefetchRows = 8;
+template <typename E>
+NI_INLINE void prefetch(const E* p, int elements) {
+  for (int i = 0; i < elements; i += 64 / static_cast<int>(sizeof(E)))
+    __builtin_prefetch(p + i, 0, 2);
+}
+
 constexpr int kSubVecs = kSubTile / kWidth;
 constexpr int kTileVecs = kAttnTile / kWidth;
 
@@ -30,6 +40,10 @@ NI_INLINE void score_sub_tiles(const AttnTile& t, int s, float (*scores)[kAttnTi
     for (int v = 0; v < NV; ++v)
       kv[v] = v_load(k[v / kSubVecs] + d * kSubTile + v % kSubVecs * kWidth);
     multiply_add<R, NV>(acc, q, kv);
+    if constexpr (R <= kPrefetchRows) {
+      for (int i = 0; i < S; ++i)
+        prefetch(static_cast<const E*>(t.v[s + i]) + d * kSubTile, kSubTile);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -82,6 +96,9 @@ NI_INLINE void add_values(const AttnTile& t, int c, const float (*p)[kAttnTile],
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) vv[v] = v_load(row + v * kWidth);
     multiply_add<R, NV, kAttnTile>(acc, p[0] + i, vv);
+    if constexpr (R <= kPrefetchRows)
+      prefetch(static_cast<const E*>(t.next_k[i / kSubTile]) + i % kSubTile * t.v_dim + c,
+               NV * kWidth);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)

@@ -19,7 +19,7 @@ constexpr int kPanelVecs = kPanel / kWidth;
 // Vectors that R rows keep in registers at once: at least 2, at most `limit`.
 constexpr int vectors_for(int rows, int limit) {
   int n = 2;
-  while (n * 2 <= limit && n * 2 * rows <= kAccumulators) n *= 2;
+  while (n * 2 <= limit && n * 2 * rows <= kWideAccumulators) n *= 2;
   return n;
 }
 

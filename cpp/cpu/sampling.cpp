@@ -24,7 +24,8 @@ namespace {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kGreedyBelow = 1e-5f;
 // Tokens are sorted into bins of 1/64 nat below the maximum, so that only the bin in which top-k or
-// top-p cuts needs sorting.
+// top-p cuts needs sorting. What lies further below than all bins (64 nats: a factor of 1e-28) is
+// not cut: the 53 bits of a draw never reach it.
 constexpr int kBins = 4096;
 constexpr float kBinsPerNat = 64;
 constexpr int64_t kChunk = 1024;
@@ -34,19 +35,19 @@ struct Workspace {
   float* z;         // [n] processed logits
   float* p;         // [n] exp((z - max) / temperature)
   int32_t* ids;     // [n] tokens of the bin that is cut; the heap of the most likely tokens
-  uint16_t* bins;   // [n] kBins: banned
-  double* mass;     // [kBins]
+  uint16_t* bins;   // [n] kBins: below all bins
+  double* mass;     // [kBins + 1]
   double* chunks;   // [chunks of n]
-  int32_t* counts;  // [kBins]
+  int32_t* counts;  // [kBins + 1]
 
   static int64_t bytes(int64_t n) {
-    return ((n + kChunk - 1) / kChunk + kBins) * 8 + kBins * 4 + (n + n % 2) * 14 + 64;
+    return ((n + kChunk - 1) / kChunk + kBins + 1) * 8 + (kBins + 1) * 4 + (n + n % 2) * 14 + 64;
   }
   Workspace(char* data, int64_t n) {
     mass = reinterpret_cast<double*>(data);
-    chunks = mass + kBins;
+    chunks = mass + kBins + 1;
     counts = reinterpret_cast<int32_t*>(chunks + (n + kChunk - 1) / kChunk);
-    z = reinterpret_cast<float*>(counts + kBins);
+    z = reinterpret_cast<float*>(counts + kBins + 1);
     p = z + n;
     ids = reinterpret_cast<int32_t*>(p + n);
     bins = reinterpret_cast<uint16_t*>(ids + n);
@@ -168,11 +169,14 @@ class RowSampler {
     int32_t* heap = ws_.ids;
     for (int32_t i = 0; i < size; ++i) heap[i] = i;
     std::make_heap(heap, heap + size, before);
+    const auto least = [&] { return std::isnan(raw_[heap[0]]) ? -kInf : raw_[heap[0]]; };
+    float limit = least();
     for (auto i = static_cast<int32_t>(size); i < n_; ++i) {
-      if (!before(i, heap[0])) continue;
+      if (!(raw_[i] > limit)) continue;  // a tie with a lower id loses
       std::pop_heap(heap, heap + size, before);
       heap[size - 1] = i;
       std::push_heap(heap, heap + size, before);
+      limit = least();
     }
     std::sort_heap(heap, heap + size, before);
     return size;
@@ -190,33 +194,29 @@ class RowSampler {
       if (top_k) last = cut_count(z, row_.top_k, kept);
       if (top_p) last = cut_mass(z, static_cast<double>(row_.top_p) * kept, last);
       if (last >= 0) {
-        const ByLogit before{z};
+        const float limit = z[last];
         for (int32_t i = 0; i < n_; ++i)
-          if (z[i] <= z[last] && before(last, i)) ws_.p[i] = 0;
+          ws_.p[i] = (z[i] > limit) | ((z[i] == limit) & (i <= last)) ? ws_.p[i] : 0;
       }
     }
     if (row_.min_p > 0) {  // the most likely token has p = 1
-      for (int64_t i = 0; i < n_; ++i)
-        if (ws_.p[i] < row_.min_p) ws_.p[i] = 0;
+      for (int64_t i = 0; i < n_; ++i) ws_.p[i] = ws_.p[i] < row_.min_p ? 0 : ws_.p[i];
     }
     return inverse_cdf(
         philox_uniform(row_.seed, row_.choice, static_cast<uint32_t>(row_.position)));
   }
 
   void fill_bins(const float* z, float best, float factor) {
-    std::fill_n(ws_.counts, kBins, 0);
-    std::fill_n(ws_.mass, kBins, 0.0);
-    const float per_logit = factor * kBinsPerNat;
-    for (int64_t i = 0; i < n_; ++i) {
+    std::fill_n(ws_.counts, kBins + 1, 0);
+    std::fill_n(ws_.mass, kBins + 1, 0.0);
+    const float per_logit = factor * kBinsPerNat, end = kBins;
+    for (int64_t i = 0; i < n_; ++i) {  // NaN and -infinity go to the end, too
       const float below = (best - z[i]) * per_logit;
-      if (!(z[i] > -kInf)) {
-        ws_.bins[i] = kBins;
-        continue;
-      }
-      const int bin = below < kBins - 1 ? static_cast<int>(below) : kBins - 1;
-      ws_.bins[i] = static_cast<uint16_t>(bin);
-      ++ws_.counts[bin];
-      ws_.mass[bin] += static_cast<double>(ws_.p[i]);
+      ws_.bins[i] = static_cast<uint16_t>(static_cast<int32_t>(below < end ? below : end));
+    }
+    for (int64_t i = 0; i < n_; ++i) {
+      ++ws_.counts[ws_.bins[i]];
+      ws_.mass[ws_.bins[i]] += static_cast<double>(ws_.p[i]);
     }
   }
 
@@ -271,7 +271,10 @@ class RowSampler {
     for (int64_t c = 0; c < chunks; ++c) {
       double sum[4] = {};
       const int64_t begin = c * kChunk, end = std::min(begin + kChunk, n_);
-      for (int64_t i = begin; i < end; ++i) sum[i % 4] += static_cast<double>(ws_.p[i]);
+      int64_t i = begin;
+      for (; i + 4 <= end; i += 4)
+        for (int j = 0; j < 4; ++j) sum[j] += static_cast<double>(ws_.p[i + j]);
+      for (; i < end; ++i) sum[0] += static_cast<double>(ws_.p[i]);
       ws_.chunks[c] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       total += ws_.chunks[c];
     }

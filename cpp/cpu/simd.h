@@ -20,7 +20,8 @@ namespace {
 #if defined(NI_ISA_avx512) || defined(NI_ISA_avx512_bf16)
 
 constexpr int kWidth = 16;
-constexpr int kAccumulators = 24;  // of 32 registers
+constexpr int kAccumulators = 24;      // of 32 registers
+constexpr int kWideAccumulators = 24;  // where four or more vectors of weights are held beside them
 using Vec = __m512;
 
 NI_INLINE Vec v_set(float x) {
@@ -85,7 +86,8 @@ NI_INLINE Vec v_load_second(const bf16* p) {
 #elif defined(NI_ISA_avx2)
 
 constexpr int kWidth = 8;
-constexpr int kAccumulators = 12;  // of 16 registers
+constexpr int kAccumulators = 12;     // of 16 registers
+constexpr int kWideAccumulators = 8;  // where four or more vectors of weights are held beside them
 using Vec = __m256;
 
 NI_INLINE Vec v_set(float x) {
@@ -149,6 +151,7 @@ NI_INLINE Vec v_load_second(const bf16* p) {
 
 constexpr int kWidth = 4;
 constexpr int kAccumulators = 12;
+constexpr int kWideAccumulators = 8;
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t IntVec __attribute__((vector_size(16)));
 typedef uint32_t UintVec __attribute__((vector_size(16)));
@@ -197,9 +200,22 @@ NI_INLINE Vec v_zero_below(Vec a, Vec x, Vec limit) {
   return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(a) & ~(x < limit));
 }
 
+typedef uint16_t HalfVec __attribute__((vector_size(8)));
+NI_INLINE UintVec v_load_halves(const void* p) {
+  HalfVec h;
+  __builtin_memcpy(&h, p, sizeof(h));
+  return __builtin_convertvector(h, UintVec);
+}
 NI_INLINE Vec v_load(const bf16* p) {
-  const UintVec u = {p[0].bits, p[1].bits, p[2].bits, p[3].bits};
-  return reinterpret_cast<Vec>(u << 16);
+  return reinterpret_cast<Vec>(v_load_halves(p) << 16);
+}
+// The exponent is rebiased by a multiplication, which takes subnormals along.
+NI_INLINE Vec v_load(const f16* p) {
+  const UintVec h = v_load_halves(p), magnitude = h & 0x7fffu;
+  const UintVec scaled =
+      reinterpret_cast<UintVec>(reinterpret_cast<Vec>(magnitude << 13) * v_set(0x1p112f));
+  const UintVec special = reinterpret_cast<UintVec>(magnitude >= 0x7c00u) & 0x7f800000u;
+  return reinterpret_cast<Vec>(scaled | special | ((h & 0x8000u) << 16));
 }
 NI_INLINE Vec v_load_first(const bf16* p) {
   UintVec u;
@@ -261,12 +277,6 @@ NI_INLINE void store_scalar(f16* p, float x) {
   }
   p->bits = static_cast<uint16_t>(sign | h);
 }
-
-#if !defined(NI_ISA_avx512) && !defined(NI_ISA_avx512_bf16) && !defined(NI_ISA_avx2)
-NI_INLINE Vec v_load(const f16* p) {
-  return Vec{load_scalar(p), load_scalar(p + 1), load_scalar(p + 2), load_scalar(p + 3)};
-}
-#endif
 
 // -- Parts of a vector ---------------------------------------------------------------------------
 // n < kWidth elements; the others are zero.
