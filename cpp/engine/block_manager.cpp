@@ -89,7 +89,6 @@ void BlockManager::prefetch(int32_t block) const {
   __builtin_prefetch(&ref_counts_[static_cast<size_t>(block)], 1);
   if (!config_.enable_prefix_caching) return;
   __builtin_prefetch(&table_[home_of(next.hash)], 1);
-  __builtin_prefetch(tokens_of(block), 1);
 }
 
 void BlockManager::acquire(int32_t block) {
@@ -218,9 +217,9 @@ void BlockManager::commit_full_blocks(Sequence& seq) {
   if (!config_.enable_prefix_caching) return;
   const int full = seq.num_computed / config_.block_size;
   for (int i = seq.num_committed_blocks; i < full; ++i) {
+    int32_t block = seq.block_table[static_cast<size_t>(i)];
     const Link parent = i == 0 ? root(seq) : Link{seq.committed_id, seq.committed_hash};
     const uint64_t hash = hash_of(parent, seq, i);
-    int32_t block = seq.block_table[static_cast<size_t>(i)];
     if (at(block).id == 0) {  // else a fork that shares it was faster
       const int32_t found = find(hash, parent, seq, i);
       if (found == kNone) {
