@@ -18,23 +18,24 @@
 // keeps its output and is recomputed later (what the prefix cache still holds of it is reused). In
 // a step that preempts, nothing is admitted: the blocks were freed for somebody.
 //
-// Bound on decode stall. B = max_num_batched_tokens, S = max_num_seqs <= B.
-//  - Not preempted: a running sequence that decodes gets its row in every step, whatever arrives:
-//  its
-//    tokens are one step apart. Decodes come first, they are at most S, and a step has B rows. B
-//    also bounds how long a step takes.
-//  - The first running sequence in policy order is never preempted: it was admitted only because it
-//    fits into the cache alone, so preempting the others always frees enough.
-//  - Preempted, under fcfs: what is before it in the order is a fixed, finite set, everything
-//  running
-//    comes before everything waiting, and the first of all advances in every step: by a token, or
-//    by at least R prompt rows, where R = B - S + 1 (its own seat is not a decode), and half of
-//    that, rounded up, if other sequences have drafts. So its next token comes at the latest after
-//      sum over sequences o before it (ceil((prompt_o + max_tokens_o) / R) + max_tokens_o)
-//      + ceil(its tokens / R)  steps.
-//  - Preempted, under priority: the same, where `before it` includes requests with a smaller
-//  priority
-//    number that arrive while it waits; an endless stream of these starves it, as asked.
+// Bound on decode stall, with B = max_num_batched_tokens and S = max_num_seqs <= B.
+//
+// Not preempted: a running sequence that decodes gets its row in every step, whatever arrives, so
+// its tokens are one step apart. Decodes come first, they are at most S, and a step has B rows. B
+// also bounds how long a step takes.
+//
+// The first running sequence in policy order is never preempted: it was admitted only because it
+// fits into the cache alone, so preempting the others always frees enough.
+//
+// Preempted, under fcfs: what is before it in the order is a fixed, finite set; everything running
+// comes before everything waiting; and the first of all advances in every step, by a token or by at
+// least R prompt rows. R = B - S + 1 (its own seat is not a decode), or half of that, rounded up,
+// if other sequences have drafts. So its next token comes at the latest after
+//   sum over sequences o before it (ceil((prompt_o + max_tokens_o) / R) + max_tokens_o)
+//   + ceil(its tokens / R)  steps.
+//
+// Preempted, under priority: the same, where `before it` includes requests with a smaller priority
+// number that arrive while it waits. An endless stream of these starves it, as asked.
 #pragma once
 
 #include <cstdint>
