@@ -24,40 +24,44 @@ void* counted(size_t bytes, size_t alignment) {
 
 }  // namespace
 
-void* operator new(size_t n) {
+[[gnu::noinline]] void* operator new(size_t n) {
   return counted(n, 0);
 }
-void* operator new[](size_t n) {
+[[gnu::noinline]] void* operator new[](size_t n) {
   return counted(n, 0);
 }
-void* operator new(size_t n, std::align_val_t a) {
+[[gnu::noinline]] void* operator new(size_t n, std::align_val_t a) {
   return counted(n, static_cast<size_t>(a));
 }
-void* operator new[](size_t n, std::align_val_t a) {
+[[gnu::noinline]] void* operator new[](size_t n, std::align_val_t a) {
   return counted(n, static_cast<size_t>(a));
 }
-void operator delete(void* p) noexcept {
+[[gnu::noinline]] void* operator new(size_t n, const std::nothrow_t&) noexcept {
+  if (counting.load(std::memory_order_relaxed)) ++allocations;
+  return std::malloc(n == 0 ? 1 : n);
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept {
   std::free(p);
 }
-void operator delete[](void* p) noexcept {
+[[gnu::noinline]] void operator delete[](void* p) noexcept {
   std::free(p);
 }
-void operator delete(void* p, size_t) noexcept {
+[[gnu::noinline]] void operator delete(void* p, size_t) noexcept {
   std::free(p);
 }
-void operator delete[](void* p, size_t) noexcept {
+[[gnu::noinline]] void operator delete[](void* p, size_t) noexcept {
   std::free(p);
 }
-void operator delete(void* p, std::align_val_t) noexcept {
+[[gnu::noinline]] void operator delete(void* p, std::align_val_t) noexcept {
   std::free(p);
 }
-void operator delete[](void* p, std::align_val_t) noexcept {
+[[gnu::noinline]] void operator delete[](void* p, std::align_val_t) noexcept {
   std::free(p);
 }
-void operator delete(void* p, size_t, std::align_val_t) noexcept {
+[[gnu::noinline]] void operator delete(void* p, size_t, std::align_val_t) noexcept {
   std::free(p);
 }
-void operator delete[](void* p, size_t, std::align_val_t) noexcept {
+[[gnu::noinline]] void operator delete[](void* p, size_t, std::align_val_t) noexcept {
   std::free(p);
 }
 

@@ -78,7 +78,9 @@ TEST(ThreadPool, CallersTakeTurns) {
   int64_t plain = 0;  // only the callers' turns protect it
   const auto caller = [&] {
     for (int i = 0; i < 300; ++i)
-      pool.parallel_for(2, 1, [&](int64_t begin, int64_t, int) { plain += begin == 0; });
+      pool.parallel_for(2, 1, [&](int64_t begin, int64_t, int) {
+        if (begin == 0) ++plain;
+      });
   };
   std::thread other(caller);
   caller();
@@ -91,6 +93,30 @@ TEST(ThreadPool, NumThreadsIsChecked) {
   EXPECT_GE(available_cores(), 1);
   EXPECT_EQ(ThreadPool(0).size(), available_cores());
 }
+
+#if defined(__x86_64__)
+// A library may have switched its thread to flush denormals to zero; results must not notice.
+TEST(ThreadPool, KeepsDenormalsWhateverTheCallerDoes) {
+  ThreadPool pool(2);
+  const unsigned before = __builtin_ia32_stmxcsr(), flushing = before | 0x8040u;
+  __builtin_ia32_ldmxcsr(flushing);
+  ThreadPool born_flushing(2);
+  volatile float tiny = 1e-30f;
+  float halves[2] = {}, one = 0.0f;
+  for (ThreadPool* p : {&pool, &born_flushing}) {
+    halves[0] = halves[1] = one = 0.0f;
+    p->parallel_for(2, 1, [&](int64_t begin, int64_t end, int) {
+      for (int64_t i = begin; i < end; ++i) halves[i] = tiny * 1e-10f;
+    });
+    p->parallel_for(1, 1, [&](int64_t, int64_t, int) { one = tiny * 1e-10f; });
+    EXPECT_EQ(std::bit_cast<uint32_t>(halves[0]), std::bit_cast<uint32_t>(1e-30f * 1e-10f));
+    EXPECT_EQ(std::bit_cast<uint32_t>(halves[1]), std::bit_cast<uint32_t>(1e-30f * 1e-10f));
+    EXPECT_EQ(std::bit_cast<uint32_t>(one), std::bit_cast<uint32_t>(1e-30f * 1e-10f));
+    EXPECT_EQ(__builtin_ia32_stmxcsr() & 0x8040u, 0x8040u);
+  }
+  __builtin_ia32_ldmxcsr(before);
+}
+#endif
 
 }  // namespace
 }  // namespace ni
