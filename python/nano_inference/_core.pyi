@@ -14,7 +14,8 @@ class QueueFullError(RuntimeError):
 
 class RopeConfig:
     """One rotary table: angle(position, i) = position * inv_freq[i]; cos and sin are multiplied by
-    attention_factor. Rotates dimension i with i + rotary_dim / 2, rotary_dim = 2 * len(inv_freq)."""
+    attention_factor. Rotates dimension i with i + rotary_dim / 2, rotary_dim = 2 *
+    len(inv_freq)."""
 
     def __init__(self, inv_freq: _Sequence[float], attention_factor: float = 1.0) -> None: ...
     inv_freq: list[float]
@@ -77,7 +78,8 @@ class EngineConfig:
     check_invariants: bool  # after every step (for tests)
 
 class SamplingParams:
-    """Every field is a keyword of the constructor; see engine/sampling_params.h for the meanings."""
+    """Every field is a keyword of the constructor; see engine/sampling_params.h for the
+    meanings."""
 
     def __init__(self, **fields: Any) -> None: ...
     n: int
@@ -130,9 +132,9 @@ class Engine:
     def __init__(self, engine_config: EngineConfig, model_config: ModelConfig) -> None: ...
     @staticmethod
     def plan_memory(engine_config: EngineConfig, model_config: ModelConfig) -> dict[str, int]:
-        """Bytes, without allocating: weights, activations (of the largest step, its inputs and outputs
-        included), kv_block (all layers, K and V, one block); memory_available, memory_total of the
-        device; block_size (after `paged`)."""
+        """Bytes, without allocating: weights, activations (of the largest step, its inputs and
+        outputs included), kv_block (all layers, K and V, one block); memory_available, memory_total
+        of the device; block_size (after `paged`)."""
     @staticmethod
     def weight_slots(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor that must be loaded: name -> shape."""
@@ -153,29 +155,29 @@ class Engine:
         cache_salt: str = "",
     ) -> None:
         """Throws ValueError naming the impossible parameter, or QueueFullError."""
-    def validate(
-        self, prompt_token_ids: _Sequence[int], params: SamplingParams
-    ) -> None: ...
+    def validate(self, prompt_token_ids: _Sequence[int], params: SamplingParams) -> None: ...
     def abort(self, request_id: int, choice: int = -1, stop: bool = False) -> None:
         """Ends a request, or one choice. stop: a stop string was found; counts as finished."""
     def wait_outputs(self, timeout: float = -1.0) -> list[Output]:
-        """Blocks (GIL released) until there are outputs, the engine stops, or timeout seconds passed."""
+        """Blocks (GIL released) until there are outputs, the engine stops, or timeout seconds
+        passed."""
     def step(self) -> bool:
         """One step on the caller's thread, if start() was not called. False: there was no work."""
     def stats(self) -> dict[str, Any]:
-        """Requests: received = finished + aborted + rejected + failed + running + waiting. Sequences:
-        running_seqs, waiting_seqs, preemptions. Steps: steps, failed_steps, last_step_time (seconds,
-        time.monotonic() clock; 0: none yet), busy_since (when a request last came to an idle engine):
-        with work pending, no step has finished since the later of the two. Tokens: prompt_tokens
-        (computed), cached_tokens, generated_tokens. Blocks: blocks_total = blocks_free +
-        blocks_cached + blocks_used, block_size, prefix_queries and prefix_hits (tokens), evictions.
-        healthy."""
+        """Requests: received = finished + aborted + rejected + failed + running + waiting.
+        Sequences: running_seqs, waiting_seqs, preemptions. Steps: steps, failed_steps,
+        last_step_time (seconds, time.monotonic() clock; 0: none yet), busy_since (when a request
+        last came to an idle engine): with work pending, no step has finished since the later of the
+        two. Tokens: prompt_tokens (computed), cached_tokens, generated_tokens. Blocks: blocks_total
+        = blocks_free + blocks_cached + blocks_used, block_size, prefix_queries and prefix_hits
+        (tokens), evictions. healthy."""
     def trace(self, since_step: int = 0) -> list[dict[str, Any]]:
         """Records of the last trace_capacity steps; see engine/trace.h."""
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached blocks; False while requests run."""
     def logits(self, token_ids: _Sequence[int]) -> npt.NDArray[np.float32]:
-        """[len, vocab] of a forward pass outside the scheduler, for tests and study. Not after start()."""
+        """[len, vocab] of a forward pass outside the scheduler, for tests and study. Not after
+        start()."""
     @property
     def config(self) -> EngineConfig: ...
     @property
@@ -336,8 +338,8 @@ class Ops:
         k_norm: npt.NDArray[np.float32] | None = None,
         eps: float = 1e-6,
     ) -> None:
-        """qkv [T, (heads + 2 kv_heads) * head_dim]: q is normalised and rotated in place, k and v go
-        to `slots` (block * block_size + offset; -1: nowhere)."""
+        """qkv [T, (heads + 2 kv_heads) * head_dim]: q is normalised and rotated in place, k and v
+        go to `slots` (block * block_size + offset; -1: nowhere)."""
     def attention(
         self,
         q: npt.NDArray[np.float32],
@@ -366,8 +368,8 @@ class Ops:
         rows: list[dict[str, Any]],
         max_logprobs: int = 0,
     ) -> dict[str, npt.NDArray[Any]]:
-        """rows: a dict a row of logits: fields of SamplingRow, "counts" {token: output count}, "bias"
-        {token: bias}, "mask" [vocab] of bool. Returns token_ids, logprobs, ranks, top_ids,
+        """rows: a dict a row of logits: fields of SamplingRow, "counts" {token: output count},
+        "bias" {token: bias}, "mask" [vocab] of bool. Returns token_ids, logprobs, ranks, top_ids,
         top_logprobs."""
 
 def cpu_isas() -> list[str]:
