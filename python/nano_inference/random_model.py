@@ -135,9 +135,9 @@ def _write_tokenizer(folder: Path) -> None:
     """Token i < 256 is the byte i; the special tokens follow."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    from .tokenizer import _BYTE_OF_CHAR
+    from .tokenizer import BYTE_OF_CHAR
 
-    tokenizer = Tokenizer(models.BPE(vocab=_BYTE_OF_CHAR, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=BYTE_OF_CHAR, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])

@@ -7,9 +7,10 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from .config import read_json
+from .validation import check_bool, check_text
 
 SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
@@ -81,28 +82,46 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._chat_templates)
 
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], *, tokenize: Literal[False] = ..., **kwargs: Any
+    ) -> str: ...
+
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, Any]], *, tokenize: bool, **kwargs: Any
+    ) -> str | list[int]: ...
+
     def apply_chat_template(
         self,
         messages: Sequence[dict[str, Any]],
         *,
+        tokenize: bool = False,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template: str | None = None,
         **kwargs: Any,
-    ) -> str:
-        """The prompt text of a conversation. `kwargs` are variables of the template."""
+    ) -> str | list[int]:
+        """The prompt of a conversation: its text or, with tokenize, its token ids. `kwargs` are
+        variables of the template."""
         from . import chat
 
+        check_bool("tokenize", tokenize)
+        check_bool("add_generation_prompt", add_generation_prompt)
+        check_bool("continue_final_message", continue_final_message)
         if chat_template is None:
             chat_template = self._choose_template(tools)
-        return chat.render(
+        check_text("chat_template", chat_template)
+        text = chat.render(
             chat_template,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             variables={"tools": tools, "documents": None, **self.special_tokens, **kwargs},
         )
+        # The template has written the special tokens.
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to a text which is not empty. b"" for an unknown id."""
@@ -116,7 +135,7 @@ class Tokenizer:
         if text is None:
             return b""
         if "ByteLevel" in self._decoders:
-            values = [_BYTE_OF_CHAR.get(char) for char in text]
+            values = [BYTE_OF_CHAR.get(char) for char in text]
             # An added token may hold characters that stand for no byte: then it means itself.
             return text.encode() if None in values else bytes(v for v in values if v is not None)
         if "ByteFallback" in self._decoders and (match := BYTE_TOKEN.fullmatch(text)):
@@ -203,15 +222,21 @@ class StopChecker:
         self._held = ""
         self._found: str | None = None
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, may_stop: bool = True) -> tuple[str, str | None]:
         """The text that is safe to show now, and the stop string if one was found: then the stream
-        is over, and further text is dropped."""
+        is over, and further text is dropped. Stop strings that end in a text pushed with
+        may_stop=False do not count; those that only begin there do."""
         if self._found is not None:
             return "", self._found
         if not self._stops:
             return text, None
         held = self._held + text
-        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        hits = []
+        for stop in self._stops if may_stop else ():
+            # One that ends in the text held back was passed over before.
+            at = held.find(stop, max(0, len(self._held) + 1 - len(stop)))
+            if at >= 0:
+                hits.append((at + len(stop), at, stop))
         if hits:
             end, begin, self._found = min(hits)
             self._held = ""
@@ -241,7 +266,7 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF_CHAR = _byte_of_char()
+BYTE_OF_CHAR = _byte_of_char()
 
 
 def _decoder_types(backend: Any) -> set[str]:
