@@ -8,28 +8,32 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
 if TYPE_CHECKING:
     from .llm import LLM
-    from .outputs import RequestOutput
+    from .outputs import Logprob, RequestOutput
     from .sampling_params import SamplingParams
 
 
 class Commands(click.Group):
     """Turns every error into its line and exit code."""
 
+    debug = False
+
     def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> NoReturn:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        debug = "--debug" in words
-        words = [word for word in words if word != "--debug"]
         extra["standalone_mode"] = False
+        self.debug = False
         try:
-            sys.exit(super().main(words, prog_name or "nano-inference", **extra) or 0)
+            name = prog_name or "nano-inference"
+            sys.exit(super().main(words or ["--help"], name, **extra) or 0)
         except click.UsageError as error:
             where = error.ctx.command_path if error.ctx else "nano-inference"
             fail(f"{error.format_message()} (see {where} --help)", 2)
@@ -42,7 +46,7 @@ class Commands(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
-            if debug:
+            if self.debug:
                 raise
             fail(describe(error), 2 if isinstance(error, ValueError) else 1)
 
@@ -71,6 +75,37 @@ def options(*decorators: Any) -> Callable[[Any], Any]:
     return apply
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]
+    """Bytes, or a number with KB, MB, GB, TB, or KiB, MiB, GiB, TiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        text = str(value).strip().lower()
+        match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) *(?:([kmgt])(i?)b|b)?", text)
+        size = 0
+        if match is not None:
+            number, prefix, binary = match.groups()
+            unit = (1024 if binary else 1000) ** " kmgt".index(prefix or " ")
+            size = int(Decimal(number) * unit)
+        if size <= 0:
+            self.fail(f"{value!r} is no size, as 4000000000, 4GB or 3.5GiB are", param, ctx)
+        return size
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted and isinstance(group := ctx.find_root().command, Commands):
+        group.debug = True
+
+
+DEBUG = click.option(
+    "--debug",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_set_debug,
+    help="Show where an error came from.",
+)
 MODEL = click.option(
     "--model",
     metavar="FOLDER|NAME",
@@ -83,6 +118,12 @@ SHAPE_OPTIONS = options(
     click.option("--dtype", help="Of the weights: auto, float32, bfloat16, float16.  [auto]"),
     click.option("--kv-cache-dtype", help="Of the KV cache: the same.  [as the weights]"),
     click.option("--max-model-len", type=int, help="Longest prompt plus output, in tokens."),
+    click.option(
+        "--kv-cache-memory",
+        "kv_cache_memory_bytes",
+        type=Size(),
+        help="Of the KV cache: bytes, or as 4GB.  [half of what is free]",
+    ),
     click.option("--num-threads", type=int, help="CPU threads.  [all]"),
     click.option("--isa", help="CPU instruction set (see info).  [the best]"),
 )
@@ -97,6 +138,7 @@ SAMPLING_OPTIONS = options(
     click.option("--presence-penalty", type=float, help="Against tokens already there."),
     click.option("--frequency-penalty", type=float, help="The same, by how often."),
     click.option("--stop", multiple=True, help="String that ends the answer; may be repeated."),
+    click.option("--bad-words", multiple=True, help="Never say this; may be repeated."),
     click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-sequence token."),
     click.option("--seed", type=int, help="Same seed, same answer."),
 )
@@ -114,7 +156,7 @@ def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.group(
     "nano-inference", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.option("--debug", is_flag=True, expose_value=False, help="Show where an error came from.")
+@DEBUG
 @click.option(
     "--version",
     is_flag=True,
@@ -146,8 +188,10 @@ def main() -> None:
 @SHAPE_OPTIONS
 @SAMPLING_OPTIONS
 @click.option("-n", "n", type=int, help="Answers to each prompt.")
+@click.option("--logprobs", type=int, help="With --json: the likeliest tokens, and the chosen one.")
 @click.option("--stream/--no-stream", default=None, help="Show the text as it comes.  [one prompt]")
 @JSON_OUTPUT
+@DEBUG
 def generate(
     prompts: tuple[str, ...],
     file: TextIO | None,
@@ -164,8 +208,10 @@ def generate(
     one = len(texts) == 1 and (given["n"] or 1) == 1 and not as_json
     if stream and not one:
         raise click.UsageError("--stream shows one answer to one prompt, and no JSON")
+    if given["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
     changes = _sampling_changes(given)
-    with _load(given) as llm:
+    with _load(given, max_logprobs=given["logprobs"] or 0) as llm:
         params = _sampling_params(llm, changes, max_tokens=256)
         if one and stream is not False:
             _show_stream(llm.stream(texts[0], params))
@@ -227,10 +273,22 @@ def _as_dict(output: RequestOutput) -> dict[str, Any]:
                 "token_ids": choice.token_ids,
                 "finish_reason": choice.finish_reason,
                 "stop_reason": choice.stop_reason,
+                **({} if choice.logprobs is None else {"logprobs": _logprobs(choice.logprobs)}),
             }
             for choice in output.outputs
         ],
     }
+
+
+def _logprobs(scores: list[dict[int, Logprob]]) -> list[list[dict[str, Any]]]:
+    """For each token: itself first, then the likeliest ones."""
+    return [
+        [
+            {"token_id": token, "token": s.decoded_token, "logprob": s.logprob, "rank": s.rank}
+            for token, s in entry.items()
+        ]
+        for entry in scores
+    ]
 
 
 # -- chat -----------------------------------------------------------------------------------------
@@ -244,13 +302,17 @@ CHAT_HELP = """/reset        forget the conversation
 @SHAPE_OPTIONS
 @click.option("--system", help="System message.")
 @SAMPLING_OPTIONS
+@DEBUG
 def chat(system: str | None, **given: Any) -> None:
     """Talk to a model. Ctrl-C stops an answer; /help lists the commands."""
     changes = _sampling_changes(given)
     with _load(given) as llm:
         if not llm.get_tokenizer().has_chat_template:
             raise ValueError("the model has no chat template; use generate")
-        Conversation(llm, _sampling_params(llm, changes, max_tokens=None), system).run()
+        talk = Conversation(llm, _sampling_params(llm, changes, max_tokens=None), system)
+        talk.run()
+    if talk.failed and not talk.interactive:
+        sys.exit(1)
 
 
 class Conversation:
@@ -258,7 +320,8 @@ class Conversation:
 
     def __init__(self, llm: LLM, params: SamplingParams, system: str | None) -> None:
         self._llm, self._params = llm, params
-        self._interactive = sys.stdin.isatty()
+        self.interactive = sys.stdin.isatty()
+        self.failed = False  # an answer did
         self._reset(system)
 
     def _reset(self, system: str | None) -> None:
@@ -266,13 +329,13 @@ class Conversation:
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def run(self) -> None:
-        if self._interactive:
+        if self.interactive:
             click.echo("/help lists the commands.", err=True)
         while True:
             try:
                 line = self._read()
             except KeyboardInterrupt:
-                if not self._interactive:
+                if not self.interactive:
                     raise
                 click.echo("\n(/exit or Ctrl-D leaves)", err=True)
                 continue
@@ -285,7 +348,7 @@ class Conversation:
 
     def _read(self) -> str | None:
         """A line; None at the end of the input."""
-        if self._interactive:
+        if self.interactive:
             import readline  # noqa: F401  (gives input() its editing and history)
 
             try:
@@ -318,6 +381,7 @@ class Conversation:
             click.echo(" [stopped]", nl=False, err=True)
         except ValueError as error:  # the conversation has grown too long, say
             self._messages.pop()
+            self.failed = True
             click.echo(f"error: {error}", err=True)
             return
         click.echo()
@@ -330,18 +394,27 @@ class Conversation:
 @main.command(short_help="Show devices, memory, and what a model needs.")
 @SHAPE_OPTIONS
 @JSON_OUTPUT
+@DEBUG
 def info(as_json: bool, **given: Any) -> None:
     """Show devices, instruction sets and memory; with --model also what the model needs."""
+    from .engine_args import EngineArgs
     from .info import machine_info, model_info, render
 
-    found = {"machine": machine_info(given.get("isa"), given.get("num_threads"))}
-    if given["model"] is not None:
-        found["model"] = model_info(_engine_options(given))
+    options = _engine_options(given)
+    for name in options:
+        if "model" not in options and name not in ("isa", "num_threads"):
+            option = "--" + name.replace("_", "-").removesuffix("-bytes")
+            raise click.UsageError(f"{option} needs --model")
+    args = EngineArgs(**{"model": "none", **options})  # checks them
+    found = {"machine": machine_info(args.isa, args.num_threads)}
+    if "model" in options:
+        found["model"] = model_info(args)
     click.echo(json.dumps(found, indent=2) if as_json else render(found))
 
 
 @main.command()
 @JSON_OUTPUT
+@DEBUG
 def version(as_json: bool) -> None:
     """Show the version."""
     from . import __version__
@@ -357,6 +430,7 @@ _ENGINE_NAMES = (
     "dtype",
     "kv_cache_dtype",
     "max_model_len",
+    "kv_cache_memory_bytes",
     "num_threads",
     "isa",
 )
@@ -372,6 +446,7 @@ _SAMPLING_NAMES = (
     "presence_penalty",
     "frequency_penalty",
     "seed",
+    "logprobs",
 )
 
 
@@ -379,7 +454,7 @@ def _engine_options(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in _ENGINE_NAMES if given[name] is not None}
 
 
-def _load(given: dict[str, Any]) -> LLM:
+def _load(given: dict[str, Any], max_logprobs: int = 0) -> LLM:
     from .llm import LLM
 
     chosen = _engine_options(given)
@@ -389,6 +464,7 @@ def _load(given: dict[str, Any]) -> LLM:
         chosen["model"] = str(cached_random_model())
         click.echo("no --model given: using a tiny random model; its text means nothing", err=True)
     chosen["use_tqdm_on_load"] = sys.stderr.isatty()
+    chosen["max_logprobs"] = max_logprobs
     return LLM(**chosen, seed=None)  # without --seed, another answer each time
 
 
@@ -397,8 +473,9 @@ def _sampling_changes(given: dict[str, Any]) -> dict[str, Any]:
     from .sampling_params import SamplingParams
 
     changes = {name: given[name] for name in _SAMPLING_NAMES if given.get(name) is not None}
-    if given["stop"]:
-        changes["stop"] = list(given["stop"])
+    for name in ("stop", "bad_words"):
+        if given[name]:
+            changes[name] = list(given[name])
     if given["ignore_eos"]:
         changes["ignore_eos"] = True
     SamplingParams(**{"max_tokens": None, **changes})

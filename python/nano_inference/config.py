@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import _core
 from .models import Fields, WeightSource, find_family
+
+logger = logging.getLogger("nano_inference")
 
 DTYPES = {
     "float32": "float32",
@@ -24,8 +27,6 @@ class GenerationDefaults:
     """What the model's makers recommend (generation_config.json); None where they say nothing."""
 
     eos_token_ids: list[int] = field(default_factory=list)  # of both files
-    bos_token_id: int | None = None
-    do_sample: bool | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -121,14 +122,19 @@ def _generation_defaults(path: Path, hf: dict[str, Any]) -> GenerationDefaults:
         for token in ids if isinstance(ids, list) else [ids]:
             if isinstance(token, int) and token >= 0 and token not in eos:
                 eos.append(token)
-    bos = gen.get("bos_token_id", hf.get("bos_token_id"))
-    names = (
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "repetition_penalty",
-        "max_new_tokens",
-    )
-    return GenerationDefaults(eos, bos, **{name: gen.get(name) for name in names})
+    if ignored := sorted(key for key, value in gen.items() if _is_ignored(key, value)):
+        logger.info("%s: not used: %s", file, ", ".join(ignored))
+    return GenerationDefaults(eos, **{name: gen.get(name) for name in _HONOURED})
+
+
+# What vLLM takes from generation_config.json. Like vLLM, not do_sample: temperature=0 is greedy.
+_HONOURED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+_SAY_NOTHING = ("eos_token_id", "bos_token_id", "pad_token_id", "transformers_version", "use_cache")
+
+
+def _is_ignored(key: str, value: Any) -> bool:
+    """An entry of generation_config.json that asks for something and is not followed."""
+    if key == "do_sample":
+        return value is False
+    off = value is not True and value in (None, 0, 1, [], {})  # num_beams, length_penalty, …
+    return key not in (*_HONOURED, *_SAY_NOTHING) and not key.startswith("_") and not off

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from . import _core
 from .config import DTYPES, LoadedConfig
@@ -18,11 +18,27 @@ from .validation import (
 )
 
 # vLLM's options that have one possible value here. Saying that value is fine.
-_FIXED: dict[str, tuple[Any, str]] = {
-    "tensor_parallel_size": (1, "a model runs on one device"),
-    "trust_remote_code": (False, "code that comes with a model is never run"),
-    "quantization": (None, "quantized weights are not available"),
-    "enforce_eager": (True, "the CPU has no graphs, every step runs eagerly"),
+_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tensor_parallel_size": ((1,), "a model runs on one device"),
+    "pipeline_parallel_size": ((1,), "a model runs on one device"),
+    "data_parallel_size": ((1,), "a model runs on one device"),
+    "distributed_executor_backend": ((None,), "a model runs on one device"),
+    "disable_custom_all_reduce": ((False,), "a model runs on one device"),
+    "trust_remote_code": ((False,), "code that comes with a model is never run"),
+    "quantization": ((None,), "quantized weights are not available"),
+    # Both: it chooses between graphs and none, and the CPU has no graphs.
+    "enforce_eager": ((True, False), "it says whether to use graphs, which the CPU has not"),
+    "swap_space": ((4, 4.0, 0, 0.0), "a preempted sequence is computed again, never swapped out"),
+    "cpu_offload_gb": ((0, 0.0), "all weights stay in the device's memory"),
+    "tokenizer_mode": (("auto",), "tokenizer.json is what is read"),
+    "tokenizer_revision": ((None,), "revision is the tokenizer's, too"),
+    "config_format": (("auto", "hf"), "config.json is what is read"),
+    "load_format": (("auto",), "safetensors are read if there are any, else .bin files"),
+    "generation_config": (("auto",), "it is read from the model's folder"),
+    "hf_overrides": ((None, {}), "config.json is taken as it is"),
+    "speculative_config": ((None,), "there is no speculative decoding"),
+    "enable_lora": ((False,), "adapters are not available"),
+    "disable_sliding_window": ((False,), "a model's sliding windows are always used"),
 }
 
 
@@ -30,6 +46,8 @@ _FIXED: dict[str, tuple[Any, str]] = {
 class EngineArgs(metaclass=NamedFields):
     """Start-up options; names and meanings are vLLM's. An unknown one, or an impossible value, is a
     ValueError that names it."""
+
+    FIXED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = _FIXED
 
     model: str
     """A folder with config.json, weights and tokenizer.json, or a name on the Hugging Face hub."""
@@ -96,19 +114,12 @@ class EngineArgs(metaclass=NamedFields):
     """Steps that the trace keeps; 0: none."""
     check_invariants: bool = False
     """Check the engine's bookkeeping after every step (for tests)."""
-    tensor_parallel_size: int = 1
-    trust_remote_code: bool = False
-    quantization: str | None = None
-    enforce_eager: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             if not hasattr(self.model, "__fspath__"):
                 refuse("model", self.model, "a folder or a name on the hub")
             self.model = str(self.model)
-        for name, (only, why) in _FIXED.items():
-            if (value := getattr(self, name)) != only:
-                raise ValueError(f"{name}={value!r} is not possible, only {only!r} is: {why}")
         self._check_types()
         self._check_sizes()
         self._check_choices()
@@ -126,7 +137,7 @@ class EngineArgs(metaclass=NamedFields):
     def _check_sizes(self) -> None:
         for name in _COUNTS:
             if (value := getattr(self, name)) is not None:
-                check_int(name, value, 1)
+                check_int(name, value, 1, _LARGEST.get(name))
         check_int("block_size", self.block_size, 1)
         check_int("max_logprobs", self.max_logprobs, -1)
         check_int("trace_capacity", self.trace_capacity, 0)
@@ -211,6 +222,7 @@ _COUNTS = (
     "max_num_batched_tokens",
     "num_threads",
 )
+_LARGEST = {"kv_cache_memory_bytes": 2**62, "num_threads": 1024}  # others: 32 bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ def machine_info(isa: str | None, num_threads: int | None) -> dict[str, Any]:
     return {
         "version": __version__,
         "devices": ["cpu"],
-        "device": _core.Ops(device="cpu", isa=isa or "", num_threads=1).name,
+        "device": _core.Ops(device="cpu", isa=isa or "", num_threads=num_threads or 0).name,
         "isas": isas,
         "isa": isa or isas[0],
         "threads": num_threads or _core.num_threads_available(),
@@ -26,9 +26,8 @@ def machine_info(isa: str | None, num_threads: int | None) -> dict[str, Any]:
     }
 
 
-def model_info(options: dict[str, Any]) -> dict[str, Any]:
+def model_info(args: EngineArgs) -> dict[str, Any]:
     """Shape and memory of a model, from its config alone: no weight is read."""
-    args = EngineArgs(**options)
     path = hub.resolve_model(args.model, revision=args.revision, need_weights=False)
     loaded = load_model(path, dtype=args.dtype, max_model_len=args.max_model_len)
     m, config = loaded.model_config, args.engine_config(loaded)

@@ -77,8 +77,10 @@ def load_weights(
         for source in loaded.weight_map:
             tensor = checkpoint[source.name]
             data = tensor.read()
-            if check_nan and not is_finite(data, tensor.dtype):
-                raise ValueError(f"tensor '{source.name}' holds NaN or infinite values")
+            if check_nan and not is_finite(data, tensor.dtype, loaded.dtype):
+                raise ValueError(
+                    f"tensor '{source.name}' holds NaN or infinite values (as {loaded.dtype})"
+                )
             engine.load_weight(source.slot, slot_view(data, source), tensor.dtype)
             bar.update(tensor.nbytes // parts[source.name])
 
@@ -92,15 +94,22 @@ def slot_view(data: Array, source: WeightSource) -> Array:
     return np.require(data, requirements=["C", "A"])  # copies only what is transposed or unaligned
 
 
-def is_finite(data: Array, dtype: str) -> bool:
-    """No NaN, no infinity. The exponent of such a bf16 is all ones."""
+# The least numbers that rounding makes infinite.
+TOO_LARGE = {"float32": math.inf, "bfloat16": float.fromhex("0x1.FFp127"), "float16": 65520.0}
+
+
+def is_finite(data: Array, dtype: str, loaded_dtype: str = "float32") -> bool:
+    """No NaN, no infinity, in the file or after rounding to loaded_dtype."""
     rows = data.reshape(-1)
+    limit = TOO_LARGE[loaded_dtype]
+    # Without its sign, a bf16 is ordered as its bits are; NaN is above infinity.
+    limit_bits = 0x4780 if loaded_dtype == "float16" else 0x7F80  # 65536, infinity
     for begin in range(0, rows.size, 1 << 22):  # bounds the temporary
         part = rows[begin : begin + (1 << 22)]
         if dtype == "bfloat16":
-            if ((part & 0x7F80) == 0x7F80).any():
+            if ((part & 0x7FFF) >= limit_bits).any():
                 return False
-        elif not np.isfinite(part).all():
+        elif not (np.abs(part, dtype=np.float32) < limit).all():  # false for NaN
             return False
     return True
 

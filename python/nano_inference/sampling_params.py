@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .validation import (
     NamedFields,
@@ -13,7 +13,7 @@ from .validation import (
     check_int,
     check_text,
     check_token_ids,
-    is_int,
+    is_token_id,
     refuse,
 )
 
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 _UINT64 = 2**64
 
+_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "spaces_between_special_tokens": ((True,), "the tokenizer's own decoder joins the tokens"),
+    "logits_processors": ((None,), "sampling runs in the native engine; see logit_bias"),
+    "structured_outputs": ((None,), "output is not constrained to a grammar"),
+    "guided_decoding": ((None,), "output is not constrained to a grammar"),
+    "truncate_prompt_tokens": ((None,), "a prompt is never cut"),
+    "best_of": ((None,), "all n choices are returned"),
+    "extra_args": ((None,), "there is nothing that takes them"),
+}
+
 
 @dataclass(slots=True)
 class SamplingParams(metaclass=NamedFields):
@@ -31,6 +41,8 @@ class SamplingParams(metaclass=NamedFields):
     An unknown field or an impossible value is a ValueError that names it. Values are checked when
     the object is made and again when it is used, so fields may be assigned in between.
     """
+
+    FIXED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = _FIXED
 
     n: int = 1
     """Number of choices; they share the prompt's cache blocks."""
@@ -126,7 +138,7 @@ class SamplingParams(metaclass=NamedFields):
             if not isinstance(self.logit_bias, Mapping):
                 refuse("logit_bias", self.logit_bias, "a dict of token id -> bias")
             for token, bias in self.logit_bias.items():
-                if not is_int(token) or token < 0:
+                if not is_token_id(token):
                     refuse("logit_bias", token, "a dict whose keys are token ids (integers >= 0)")
                 check_float(f"logit_bias[{token}]", bias, -100, 100)
 
@@ -141,11 +153,22 @@ class SamplingParams(metaclass=NamedFields):
         return replace(self, **changes)
 
     def to_core(
-        self, tokenizer: Tokenizer | None, vocab_size: int, drawn_seed: int
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        drawn_seed: int,
+        max_logprobs: int | None = None,
     ) -> _core.SamplingParams:
-        """The native engine's form of it. drawn_seed is used where no seed was given."""
+        """The native engine's form of it. drawn_seed is used where no seed was given; max_logprobs
+        is the limit that the engine was started with."""
         from . import _core
 
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) == -1 and max_logprobs not in (None, -1):
+                raise ValueError(
+                    f"{name}=-1 (whole vocabulary) needs max_logprobs=-1 at start, "
+                    f"max_logprobs is {max_logprobs}"
+                )
         if tokenizer is None and (self.stop or self.bad_words):
             which = "stop" if self.stop else "bad_words"
             raise ValueError(f"{which} needs a tokenizer, and skip_tokenizer_init is on")

@@ -2,19 +2,37 @@
 
 import difflib
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
+
+INT32_MAX = 2**31 - 1
 
 
 class NamedFields(type):
-    """Metaclass of the parameter dataclasses: an unknown keyword is a ValueError that names it."""
+    """Metaclass of the parameter dataclasses: an unknown keyword is a ValueError that names it. The
+    class may have a table FIXED, keyword -> (possible values, why): vLLM's keywords that ask for
+    nothing here. They are checked and dropped."""
+
+    FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {}
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         fields: Collection[str] = cls.__dataclass_fields__  # type: ignore[attr-defined]
-        for name in kwargs:
-            if name not in fields:
+        given = {}
+        for name, value in kwargs.items():
+            if name in cls.FIXED:
+                check_fixed(name, value, *cls.FIXED[name])
+            elif name in fields:
+                given[name] = value
+            else:
                 raise ValueError(unknown_field(cls.__name__, name, fields))
-        return super().__call__(*args, **kwargs)
+        return super().__call__(*args, **given)
+
+
+def check_fixed(name: str, value: Any, possible: tuple[Any, ...], why: str) -> None:
+    # True is no 1 here, and what compares strangely (an array, say) is no match.
+    if not any(value is p or (type(value) is type(p) and value == p) for p in possible):
+        only = " or ".join(map(repr, possible))
+        raise ValueError(f"{name}={value!r} is not possible, only {only} is: {why}")
 
 
 def unknown_field(owner: str, name: str, known: Collection[str]) -> str:
@@ -33,10 +51,12 @@ def is_int(value: Any) -> bool:
 
 
 def check_int(name: str, value: Any, low: int, high: int | None = None, also: str = "") -> None:
-    if is_int(value) and low <= value and (high is None or value <= high):
-        return
-    span = f"of at least {low}" if high is None else f"between {low} and {high}"
-    refuse(name, value, f"an integer {span}{also}")
+    """low <= value <= high; without `high`, what the engine's 32 bits hold."""
+    if not is_int(value) or value < low or (high is not None and value > high):
+        span = f"of at least {low}" if high is None else f"between {low} and {high}"
+        refuse(name, value, f"an integer {span}{also}")
+    if high is None and value > INT32_MAX:
+        refuse(name, value, f"an integer between {low} and {INT32_MAX}{also}")
 
 
 def check_float(
@@ -87,5 +107,9 @@ def check_optional_str(name: str, value: Any) -> None:
 
 
 def check_token_ids(name: str, value: Any) -> None:
-    if not isinstance(value, (list, tuple)) or not all(is_int(t) and t >= 0 for t in value):
+    if not isinstance(value, (list, tuple)) or not all(map(is_token_id, value)):
         refuse(name, value, "a list of token ids (integers >= 0)")
+
+
+def is_token_id(value: Any) -> bool:
+    return is_int(value) and 0 <= value <= INT32_MAX

@@ -83,8 +83,31 @@ def test_sampling_options_reach_the_engine(
     monkeypatch.setattr(LLM, "generate", generate)
     options = [w for k, v in fields.items() for w in ("--" + k.replace("_", "-"), str(v))]
     more = ["--ignore-eos", "--stop", "x", "--stop", "y", "-n", "3"]
+    more += ["--bad-words", "v", "--bad-words", "w", "--logprobs", "40", "--json"]
     assert invoke("generate", "abc", *model, *options, *more).exit_code == 0
-    assert seen == [SamplingParams(**fields, ignore_eos=True, stop=["x", "y"], n=3)]
+    fields |= {"ignore_eos": True, "stop": ["x", "y"], "n": 3}
+    assert seen == [SamplingParams(**fields, bad_words=["v", "w"], logprobs=40)]
+
+
+def test_logprobs_are_in_the_json(model: list[str]) -> None:
+    options = ["--temperature", "0", "--max-tokens", "3", "--json", "--logprobs", "25"]
+    result = invoke("generate", "abc", *model, *options)
+    (choice,) = json.loads(result.stdout)["outputs"]
+    assert len(choice["logprobs"]) == 3
+    for token, entry in zip(choice["token_ids"], choice["logprobs"], strict=True):
+        assert (entry[0]["token_id"], entry[0]["rank"], len(entry)) == (token, 1, 25)
+        assert entry[0]["logprob"] == max(e["logprob"] for e in entry) < 0
+        assert entry[0]["token"] == chr(token)
+
+
+@pytest.mark.parametrize(
+    ("size", "bytes_"),
+    [("5000000", 5_000_000), ("5MB", 5_000_000), ("4.5 MiB", 4_718_592), ("0.01gb", 10_000_000)],
+)
+def test_size_of_the_cache(model: list[str], size: str, bytes_: int) -> None:
+    result = invoke("info", *model, "--kv-cache-memory", size, "--json")
+    # a block of 16 tokens has 8192 bytes
+    assert json.loads(result.stdout)["model"]["kv_cache_bytes"] == bytes_ // 8192 * 8192
 
 
 @pytest.mark.parametrize(
@@ -103,6 +126,10 @@ def test_sampling_options_reach_the_engine(
         ("-n", "0", "n must be"),
         ("--dtype", "int3", "dtype"),
         ("--kv-cache-dtype", "int3", "kv_cache_dtype"),
+        ("--kv-cache-memory", "3QB", "--kv-cache-memory"),
+        ("--kv-cache-memory", "0", "--kv-cache-memory"),
+        ("--bad-words", "", "bad_words"),
+        ("--logprobs", "3", "--logprobs needs --json"),
         ("--max-model-len", "0", "max_model_len"),
         ("--num-threads", "0", "num_threads"),
         ("--isa", "sse1", "isa"),
@@ -185,6 +212,14 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in err and "ValueError" in err
 
 
+def test_debug_may_be_a_prompt(model: list[str]) -> None:
+    result = invoke("generate", *model, "--max-tokens", "3", "--json", "--", "--debug")
+    assert json.loads(result.stdout)["prompt"] == "--debug"
+    result = invoke("generate", "--model", "/nonexistent", "--", "--debug")
+    assert result.exit_code == 2
+    one_error_line(result, "/nonexistent")
+
+
 def test_failures_while_running_exit_with_1(
     model: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +291,7 @@ def test_chat_ends_with_its_input(model: list[str]) -> None:
 def test_chat_help_and_too_long_a_message(model: list[str]) -> None:
     stdin = "/help\n" + "x" * 3000 + "\nhi\n"
     result = invoke("chat", *model, "--max-tokens", "4", "--ignore-eos", stdin=stdin)
-    assert result.exit_code == 0
+    assert result.exit_code == 1  # nobody watches: the failed answer must not pass unseen
     assert "/reset" in result.stdout and "/exit" in result.stdout
     assert "2048" in result.stderr and result.stderr.startswith("error: ")
     assert len(result.stdout.splitlines()[-1]) > 0
@@ -335,6 +370,30 @@ def test_info_for_people(model: list[str]) -> None:
     assert "LlamaForCausalLM" not in invoke("info").stdout
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--num-threads", "-3", "num_threads must be"),
+        ("--num-threads", "0", "num_threads must be"),
+        ("--isa", "sse1", "isa"),
+        ("--dtype", "bogus", "--dtype needs --model"),
+        ("--kv-cache-dtype", "float32", "--kv-cache-dtype needs --model"),
+        ("--max-model-len", "9", "--max-model-len needs --model"),
+        ("--kv-cache-memory", "4GB", "--kv-cache-memory needs --model"),
+        ("--revision", "v1", "--revision needs --model"),
+    ],
+)
+def test_info_checks_its_options(option: str, value: str, words: str) -> None:
+    result = invoke("info", option, value)
+    assert result.exit_code == 2
+    one_error_line(result, words)
+
+
+def test_info_names_its_threads() -> None:
+    machine = json.loads(invoke("info", "--json", "--num-threads", "3").stdout)["machine"]
+    assert machine["threads"] == 3 and machine["device"].endswith(", 3 threads")
+
+
 def test_info_of_a_model_that_does_not_fit(model_dir: Path, tmp_path: Path) -> None:
     config = json.loads((model_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": 1 << 24}))
@@ -360,6 +419,12 @@ def test_help() -> None:
         assert shown.exit_code == 0
         options = [line for line in shown.stdout.splitlines() if line.lstrip().startswith("-")]
         assert all(len(line.split("  ")) > 1 for line in options)
+
+
+def test_without_a_command_there_is_help() -> None:
+    result = invoke()
+    assert (result.exit_code, result.stdout) == (0, invoke("--help").stdout)
+    assert len(result.stdout.splitlines()) > 10 and result.stderr == ""
 
 
 def test_unknown_command() -> None:

@@ -328,17 +328,42 @@ def test_dtype_of_tensors_when_the_config_does_not_say(llama_dir, tmp_path):
     assert load_model(tmp_path).dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    "key", ["num_hidden_layers", "hidden_size", "vocab_size", "head_dim", "num_attention_heads"]
+)
+def test_impossibly_large_sizes_are_named(key, llama_dir, tmp_path):
+    path = variant(llama_dir, tmp_path, **{key: 90_000_000_000})
+    with pytest.raises(ValueError, match=f"'{key}' must be at most"):
+        load_model(path)
+
+
+def test_more_layers_than_any_model_has(llama_dir, tmp_path):
+    with pytest.raises(ValueError, match="'num_hidden_layers' must be at most 1000, got 90000000"):
+        load_model(variant(llama_dir, tmp_path, num_hidden_layers=90_000_000))
+
+
+def test_unused_generation_settings_are_logged(llama_dir, tmp_path, caplog):
+    path = variant(llama_dir, tmp_path)
+    (path / "generation_config.json").write_text(
+        '{"do_sample": false, "suppress_tokens": [5], "no_repeat_ngram_size": 3, "num_beams": 1, '
+        '"top_k": 5, "eos_token_id": 7, "bad_words_ids": null, "transformers_version": "5.0"}'
+    )
+    with caplog.at_level("INFO", logger="nano_inference"):
+        load_model(path)
+    (line,) = caplog.messages
+    assert line.endswith("not used: do_sample, no_repeat_ngram_size, suppress_tokens")
+
+
 def test_generation_defaults(llama_dir, tmp_path):
-    path = variant(llama_dir, tmp_path, eos_token_id=[7, 8], bos_token_id=1)
+    path = variant(llama_dir, tmp_path, eos_token_id=[7, 8])
     (path / "generation_config.json").write_text(
         '{"eos_token_id": [9, 7], "temperature": 0.6, "top_k": 20, "top_p": 0.95, '
         '"do_sample": true, "repetition_penalty": 1.1, "max_new_tokens": 77}'
     )
     got = load_model(path).generation
     assert got.eos_token_ids == [9, 7, 8]
-    assert got.bos_token_id == 1
     assert (got.temperature, got.top_k, got.top_p, got.min_p) == (0.6, 20, 0.95, None)
-    assert (got.do_sample, got.repetition_penalty, got.max_new_tokens) == (True, 1.1, 77)
+    assert (got.repetition_penalty, got.max_new_tokens) == (1.1, 77)
     (path / "generation_config.json").unlink()
     got = load_model(path).generation
     assert got.eos_token_ids == [7, 8]

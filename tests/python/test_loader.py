@@ -54,7 +54,7 @@ def model(hf):
     shapes = {source.name: source.shape for source in weight_map}
     tensors = {name: rng.standard_normal(s).astype(np.float32) for name, s in shapes.items()}
     return SimpleNamespace(
-        weight_map=weight_map, name_prefix=getattr(family, "PREFIX", "")
+        weight_map=weight_map, name_prefix=getattr(family, "PREFIX", ""), dtype="float32"
     ), tensors
 
 
@@ -303,6 +303,24 @@ def test_nan_is_found_only_if_asked(dtype, bad, tmp_path):
     with pytest.raises(ValueError, match=f"'{name}' holds NaN or infinite"):
         load(tmp_path, loaded, check_nan=True)
     assert len(load(tmp_path, loaded)) == len(loaded.weight_map)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "stored, loaded, largest, too_large",
+    [
+        ("float32", "float16", 65519.9, 65520.0),
+        ("bfloat16", "float16", 65280.0, 65536.0),
+        ("float32", "bfloat16", 3.396e38, 3.3962e38),
+    ],
+)
+def test_numbers_that_rounding_makes_infinite(stored, loaded, largest, too_large, sign):
+    for value, finite in ((largest, True), (too_large, False)):
+        data = np.full((3, 2), sign * value, np.float32)
+        rounded = torch.from_numpy(data).to(getattr(torch, loaded))
+        assert bool(rounded.isfinite().all()) is finite
+        assert loader.is_finite(STORED[stored](data), stored, loaded) is finite
+        assert loader.is_finite(STORED[stored](data), stored)
 
 
 @pytest.mark.parametrize("dtype", STORED)

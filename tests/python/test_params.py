@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nano_inference import LLM, EngineArgs, SamplingParams
+from nano_inference import LLM, EngineArgs, QueueFullError, SamplingParams
 from nano_inference import engine as engine_module
 from nano_inference.config import load_model
 from nano_inference.outputs import RequestOutput
@@ -230,7 +230,7 @@ def test_values_assigned_later_are_checked_too(llm: LLM, name: str) -> None:
         llm.generate(PROMPT, params)
 
 
-@pytest.mark.parametrize("name", ["best_of", "temprature", "logits_processors", "guided_decoding"])
+@pytest.mark.parametrize("name", ["temprature", "max_new_tokens", "beam_width"])
 def test_unknown_sampling_field_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"SamplingParams does not know '{name}'"):
         SamplingParams(**{name: 1})
@@ -239,6 +239,28 @@ def test_unknown_sampling_field_is_named(name: str) -> None:
 def test_a_misspelt_field_gets_a_hint() -> None:
     with pytest.raises(ValueError, match="did you mean 'temperature'"):
         SamplingParams(temprature=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("name", SamplingParams.FIXED)
+def test_vllms_fields_that_ask_for_nothing(name: str) -> None:
+    for value in SamplingParams.FIXED[name][0]:
+        assert SamplingParams(**{name: value}, n=2) == SamplingParams(n=2)
+    for value in ("other", 7, [1], False):
+        with pytest.raises(ValueError, match=rf"^{name}=.* is not possible, only "):
+            SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, 10**12) for name in ("n", "top_k", "max_tokens", "min_tokens", "logprobs")],
+        *[(name, [10**12]) for name in ("stop_token_ids", "allowed_token_ids")],
+        ("logit_bias", {10**12: 1.0}),
+    ],
+)
+def test_huge_numbers_are_named(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be "):
+        SamplingParams(**{name: value})
 
 
 def test_stop_strings_need_text() -> None:
@@ -251,6 +273,15 @@ def test_seed_minus_one_means_none_and_negative_seeds_work(llm: LLM) -> None:
     assert differs(a, b)
     c, d = llm.generate([PROMPT] * 2, [SamplingParams(**sampled(seed=-5)) for _ in range(2)])
     assert not differs(c, d)
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_the_whole_vocabulary_needs_max_logprobs(name: str) -> None:
+    params = SamplingParams(**{name: -1})
+    message = rf"^{name}=-1 \(whole vocabulary\) needs max_logprobs=-1 at start"
+    with pytest.raises(ValueError, match=message):
+        params.to_core(None, 261, 0, max_logprobs=20)
+    assert getattr(params.to_core(None, 261, 0, max_logprobs=-1), name) == 261
 
 
 def test_minus_one_logprobs_means_the_whole_vocabulary(model_dir: Path) -> None:
@@ -271,7 +302,7 @@ class Option:
     """effect(llm started with `value` and the further `options`) shows what the value does."""
 
     value: Any
-    effect: Callable[[LLM], bool]
+    effect: Callable[[LLM], bool | None]
     impossible: list[Any]
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -290,10 +321,52 @@ def steps(llm: LLM) -> list[dict[str, Any]]:
     return llm.engine.core.trace()
 
 
+def owners(llm: LLM) -> list[set[int]]:
+    """For each step the numbers of the requests in it."""
+    return [{e["request_id"] for e in s["entries"]} for s in llm.engine.core.trace()]
+
+
+def prompts_are_one_piece(llm: LLM) -> bool:
+    llm.generate(["a" * 1500, "b" * 1500], SamplingParams(max_tokens=1))
+    entries = [e for s in llm.engine.core.trace() for e in s["entries"]]
+    return [e["num_query"] for e in entries] == [1501, 1501]  # and not 1501, 547, 954
+
+
+def batches_do_not_overlap(llm: LLM) -> bool:
+    """Two at a time, short and long ones: none starts beside a long one that runs already."""
+    params = [SamplingParams(**greedy(max_tokens=n)) for n in [3, 60] * 3]
+    llm.generate(["a"] * 6, params)
+    starts = [s for s in llm.engine.core.trace() if s["admitted"]]
+    assert sum(len(s["admitted"]) for s in starts) == 6
+    return not any(s["num_decodes"] for s in starts)
+
+
+def smaller_priority_goes_first(llm: LLM) -> bool:
+    params = SamplingParams(**greedy(max_tokens=200))
+    llm.generate(["a", "b", "c"], params, priority=[-5, 1, -1])
+    first = [next(i for i, step in enumerate(owners(llm)) if r in step) for r in range(3)]
+    return first[0] < first[2] < first[1]
+
+
+def queue_holds_five(llm: LLM) -> bool:
+    endless = SamplingParams(**greedy(max_tokens=None, ignore_eos=True))
+    taken = 0
+    with pytest.raises(QueueFullError):
+        for _ in range(8):
+            llm.engine.submit(llm.engine.prepare("a", endless))
+            taken += 1
+    return taken in (5, 6)  # five wait, and one may run by now
+
+
+PARAMETERS = 2 * 261 * 64 + 2 * (64 * 128 + 64 * 64 + 3 * 64 * 160) + 5 * 64
 NOT_A_COUNT = [0, -1, *NOT_AN_INT]
 OPTIONS: dict[str, Option] = {
-    "dtype": Option("bfloat16", config("dtype", "bfloat16"), ["int8", None, 3]),
-    "kv_cache_dtype": Option("half", config("kv_cache_dtype", "float16"), ["fp8", None, 3]),
+    "dtype": Option(
+        "bfloat16", lambda llm: llm.engine.plan.weights < 4 * PARAMETERS, ["int8", None, 3]
+    ),
+    "kv_cache_dtype": Option(
+        "half", lambda llm: llm.engine.plan.kv_block == 8192 // 2, ["fp8", None, 3]
+    ),
     "max_model_len": Option(
         64, lambda llm: len(run(llm, "a", max_tokens=None).outputs[0].token_ids) == 62,
         [*NOT_A_COUNT, 2049],
@@ -317,11 +390,10 @@ OPTIONS: dict[str, Option] = {
     "enable_prefix_caching": Option(
         False, lambda llm: [run(llm).num_cached_tokens for _ in "ab"] == [0, 0], NOT_A_BOOL
     ),
-    "enable_chunked_prefill": Option(False, config("enable_chunked_prefill", False), NOT_A_BOOL),
-    "static_batching": Option(True, config("static_batching", True), NOT_A_BOOL),
+    "enable_chunked_prefill": Option(False, prompts_are_one_piece, NOT_A_BOOL),
+    "static_batching": Option(True, batches_do_not_overlap, NOT_A_BOOL, {"max_num_seqs": 2}),
     "scheduling_policy": Option(
-        "priority", lambda llm: len(llm.generate(["a", "b"], priority=[1, -1])) == 2,
-        ["lifo", None, 3],
+        "priority", smaller_priority_goes_first, ["lifo", None, 3], {"max_num_seqs": 1}
     ),
     "max_num_seqs": Option(
         3, lambda llm: len(llm.generate(["a"] * 9)) == 9
@@ -331,13 +403,15 @@ OPTIONS: dict[str, Option] = {
     "max_num_batched_tokens": Option(
         16, lambda llm: max(s["num_tokens"] for s in steps(llm)) == 16, NOT_A_COUNT
     ),
-    "max_waiting": Option(5, config("max_waiting", 5), [-1, *NOT_AN_INT]),
+    "max_waiting": Option(5, queue_holds_five, [-1, *NOT_AN_INT], {"max_num_seqs": 1}),
     "max_logprobs": Option(
         30, lambda llm: len((run(llm, logprobs=30).outputs[0].logprobs or [[]])[0]) == 30,
         [-2, None, *NOT_AN_INT],
     ),
     "device": Option("cpu", config("device", "cpu"), ["tpu", "cuda", None, 3]),
-    "num_threads": Option(1, config("num_threads", 1), NOT_A_COUNT),
+    "num_threads": Option(
+        3, lambda llm: llm.engine.core.device_name.endswith(", 3 threads"), [1025, *NOT_A_COUNT]
+    ),
     "isa": Option("portable", lambda llm: "portable" in llm.engine.core.device_name,
                   ["sse9", "", 3]),
     "trace_capacity": Option(2, lambda llm: len(steps(llm)) == 2, [-1, None, *NOT_AN_INT]),
@@ -348,11 +422,6 @@ OPTIONS: dict[str, Option] = {
         and llm.generate([1, 2, 3])[0].outputs[0].text == "",
         NOT_A_BOOL,
     ),
-    # One value only; to say it is no error.
-    "tensor_parallel_size": Option(1, lambda llm: True, [2, 0, None]),
-    "trust_remote_code": Option(False, lambda llm: True, [True, None]),
-    "quantization": Option(None, lambda llm: True, ["awq", "fp8"]),
-    "enforce_eager": Option(True, lambda llm: True, [False, None]),
 }  # fmt: skip
 # Shown by tests of their own, below.
 OWN_TESTS: dict[str, list[Any]] = {
@@ -394,7 +463,30 @@ def test_impossible_option_is_named(model_dir: Path, name: str, value: Any) -> N
         start(model_dir, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["max_model_length", "swap_space", "lora", "temperature"])
+@pytest.mark.parametrize("name", EngineArgs.FIXED)
+def test_vllms_options_that_ask_for_nothing(name: str) -> None:
+    for value in EngineArgs.FIXED[name][0]:
+        assert EngineArgs(model="x", **{name: value}) == EngineArgs(model="x")
+    for value in ("other", 7, [1], object()):
+        with pytest.raises(ValueError, match=rf"^{name}=.* is not possible, only "):
+            EngineArgs(model="x", **{name: value})
+
+
+def test_true_is_no_one_for_a_fixed_option() -> None:
+    for name, value in (("tensor_parallel_size", True), ("swap_space", False)):
+        with pytest.raises(ValueError, match=name):
+            EngineArgs(model="x", **{name: value})
+
+
+@pytest.mark.parametrize(
+    "name", ["max_num_seqs", "max_num_batched_tokens", "num_blocks", "block_size", "max_waiting"]
+)
+def test_huge_options_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} must be .*2147483647, got 90000000000"):
+        EngineArgs(model="x", **{name: 90_000_000_000})
+
+
+@pytest.mark.parametrize("name", ["max_model_length", "lora", "temperature"])
 def test_unknown_option_is_named(model_dir: Path, name: str) -> None:
     with pytest.raises(ValueError, match=f"does not know '{name}'"):
         start(model_dir, **{name: 1})

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import rope
+from ..validation import INT32_MAX
 from . import Fields, WeightSource
 
 ACTIVATIONS = {
@@ -48,6 +49,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Largest sizes, far above any model: all products of them, in bytes, fit into 63 bits. What is not
+# here has 32 bits.
+LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 1000),
+    **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner"), 1 << 24),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), 1 << 12),
+}
+
+
 def refuse_unsupported(hf: dict[str, Any], handled: Iterable[str] = ()) -> None:
     """ValueError naming the first setting that would change the result and is not implemented."""
     for key, neutral in NEUTRAL.items():
@@ -67,6 +77,9 @@ def positive_int(hf: dict[str, Any], key: str, default: int | None = None) -> in
         raise ValueError(f"config.json lacks '{key}'")
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"config.json: '{key}' must be a positive integer, got {value!r}")
+    most = LARGEST.get(key, INT32_MAX)
+    if value > most:
+        raise ValueError(f"config.json: '{key}' must be at most {most}, got {value}")
     return value
 
 
