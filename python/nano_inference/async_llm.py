@@ -91,11 +91,23 @@ class AsyncLLM:
         *,
         priority: int = 0,
         delta: bool = False,
-        **template_options: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> RequestStream:
-        """The same for a conversation; template_options as the chat template takes them."""
+        """The same for a conversation; the options are those of LLM.chat."""
+        prompt = self._engine.render_chat(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         return self.generate(
-            self._engine.render_chat(messages, **template_options),
+            prompt,
             sampling_params,
             request_id,
             priority=priority,

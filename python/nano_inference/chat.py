@@ -29,7 +29,9 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 @lru_cache(maxsize=32)
-def _compile(template: str) -> jinja2.Template:
+def _compile(template: str) -> tuple[jinja2.Template, bool]:
+    """The template, and whether it iterates over the parts of a message's content."""
+
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -55,7 +57,36 @@ def _compile(template: str) -> jinja2.Template:
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return env.from_string(template)
+    return env.from_string(template), _iterates_content(env.parse(template))
+
+
+def _iterates_content(tree: jinja2.nodes.Template) -> bool:
+    names = {"content"}  # variables that hold a content; macros take it as a parameter
+    known = 0
+    while known != len(names):  # one may be set from another
+        known = len(names)
+        for assign in tree.find_all(jinja2.nodes.Assign):
+            if isinstance(assign.target, jinja2.nodes.Name) and _is_content(assign.node, names):
+                names.add(assign.target.name)
+    return any(_is_content(loop.iter, names) for loop in tree.find_all(jinja2.nodes.For))
+
+
+def _is_content(node: jinja2.nodes.Node | None, names: set[str]) -> bool:
+    """Whether the expression is message.content, maybe filtered or sliced."""
+    match node:
+        case jinja2.nodes.Name():
+            return node.name in names
+        case jinja2.nodes.Getattr():
+            return node.attr == "content"
+        case jinja2.nodes.Getitem(arg=jinja2.nodes.Const(value="content")):
+            return True
+        case jinja2.nodes.Getitem(arg=jinja2.nodes.Slice()) | jinja2.nodes.Filter():
+            return _is_content(node.node, names)
+        case jinja2.nodes.Call(node=jinja2.nodes.Getattr(attr="get"), args=[first, *_]):
+            return isinstance(first, jinja2.nodes.Const) and first.value == "content"
+        case jinja2.nodes.CondExpr():
+            return _is_content(node.expr1, names) or _is_content(node.expr2, names)
+    return False
 
 
 def render(
@@ -66,7 +97,11 @@ def render(
     continue_final_message: bool,
     variables: dict[str, Any],
 ) -> str:
-    """The prompt text. With continue_final_message it ends where the last message does."""
+    """The prompt text. With continue_final_message it ends where the last message does.
+
+    Where a message's content is a list of text parts, a template that does not iterate over them
+    gets their texts, joined by newlines.
+    """
     for message in messages:
         if not isinstance(message, dict):
             raise ValueError(
@@ -74,16 +109,41 @@ def render(
             )
     if continue_final_message and add_generation_prompt:
         raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+    try:
+        compiled, takes_parts = _compile(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat template: {error}") from None
+    messages = [_read_parts(message, takes_parts) for message in messages]
     final = ""
     if continue_final_message:
         messages, final = _mark_end(messages)
     try:
-        text = _compile(template).render(
+        text = compiled.render(
             messages=messages, add_generation_prompt=add_generation_prompt, **variables
         )
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"chat template: {error}") from None
     return _cut_at_mark(text, final) if continue_final_message else text
+
+
+def _read_parts(message: dict[str, Any], keep: bool) -> dict[str, Any]:
+    """The message with its content parts checked and, unless `keep`, joined to one text."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(
+                f"messages: a content part of type {kind!r} is not available, only 'text' is"
+                if kind is not None
+                else f"messages: a content part must be a dict with a type, got {part!r}"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"messages: a text part needs its 'text', a string, got {part!r}")
+        texts.append(part["text"])
+    return message if keep else {**message, "content": "\n".join(texts)}
 
 
 def _mark_end(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,15 @@ Prompt = str | Sequence[int] | Mapping[str, Any]
 Messages = Sequence[dict[str, Any]]
 
 _PROMPT_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+# Arguments of a chat that no variable of its template may replace.
+_CHAT_ARGUMENTS = (
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+)
 _LOG_SECONDS = 10.0
 
 
@@ -43,9 +53,10 @@ class LoadedEngine:
         self.loaded: LoadedConfig = load_model(
             path, dtype=args.dtype, max_model_len=args.max_model_len
         )
+        self.tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, path)
+        self._add_tokenizers_eos()
         self.plan: MemoryPlan
         config, self.plan = plan_engine(args, self.loaded)
-        self.tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, path)
         self.core = _core.Engine(config, self.loaded.model_config)
         loader.load_weights(
             self.core,
@@ -56,6 +67,7 @@ class LoadedEngine:
         )
         self.core.finish_loading()
         self.core.start()
+        self._pid = os.getpid()
         self.requests: dict[int, RequestState] = {}  # in flight, by the engine's number
         self._ids = itertools.count()
         self._seeds = random.Random(args.seed)
@@ -69,6 +81,13 @@ class LoadedEngine:
             gigabytes(self.plan.kv_cache),
             self.plan.num_tokens,
         )
+
+    def _add_tokenizers_eos(self) -> None:
+        """As in vLLM the tokenizer's end-of-sequence token counts beside those of the configs."""
+        eos = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        known = self.loaded.generation.eos_token_ids
+        if eos is not None and eos < self.loaded.model_config.vocab_size and eos not in known:
+            known.append(eos)
 
     # -- A request's life -----------------------------------------------------------------------
 
@@ -95,6 +114,7 @@ class LoadedEngine:
         add_special_tokens: bool = True,
     ) -> PreparedRequest:
         """Tokenizes and checks a request; nothing runs yet."""
+        self._check_process()
         if params is None:
             params = self.default_sampling_params()
         elif isinstance(params, SamplingParams):
@@ -120,6 +140,7 @@ class LoadedEngine:
 
     def submit(self, request: PreparedRequest) -> RequestState:
         """Hands it to the engine. QueueFullError if max_waiting requests wait already."""
+        self._check_process()
         state = request.state
         self.requests[state.core_id] = state
         try:
@@ -160,14 +181,44 @@ class LoadedEngine:
             self.core.abort(state.core_id)
 
     def close(self) -> None:
-        self.core.shutdown()
+        if os.getpid() == self._pid:  # a fork's copy has no threads to end
+            self.core.shutdown()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"the engine runs in process {self._pid}, and process {os.getpid()} is a fork of "
+                "it: threads do not survive a fork; load the model in the process that uses it "
+                "(multiprocessing: start method 'spawn')"
+            )
 
     # -- Prompts --------------------------------------------------------------------------------
 
-    def render_chat(self, messages: Messages, **options: Any) -> Prompt:
-        """The prompt of a conversation."""
-        tokenizer = self.need_tokenizer("chat")
-        return tokenizer.apply_chat_template(messages, **options)
+    def render_chat(
+        self,
+        messages: Messages,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompt:
+        """The prompt of a conversation. chat_template_kwargs are variables of the template."""
+        variables = {} if chat_template_kwargs is None else chat_template_kwargs
+        if not isinstance(variables, dict):
+            refuse("chat_template_kwargs", variables, "a dict, or None")
+        for key in _CHAT_ARGUMENTS:
+            if key in variables:
+                raise ValueError(f"chat_template_kwargs must not hold '{key}': it is an argument")
+        return self.need_tokenizer("chat").apply_chat_template(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            **variables,
+        )
 
     def need_tokenizer(self, what: str) -> Tokenizer:
         if self.tokenizer is None:

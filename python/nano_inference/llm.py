@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .engine import LoadedEngine, Messages, PreparedRequest, Prompt
@@ -12,6 +13,7 @@ from .outputs import RequestOutput
 from .request import RequestState
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
+from .validation import refuse
 
 _WAIT_SECONDS = 0.1  # how long Ctrl-C may have to wait
 
@@ -27,6 +29,7 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         self._engine = LoadedEngine(EngineArgs(model=model, **options))
         self._lock = threading.Lock()  # one thread at a time reads the engine's outputs
+        self._bars: dict[int, Any] = {}  # progress bars, by the engine's number of the request
 
     # -- Generation -----------------------------------------------------------------------------
 
@@ -34,8 +37,9 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
         *,
-        use_tqdm: bool = True,
         priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Finishes all prompts, batched as memory allows, and returns them in order.
@@ -44,7 +48,9 @@ class LLM:
         the dicts may have a "cache_salt" (prompts with different salts share no cache).
         sampling_params: one for all, a list with one for each, or None for
         get_default_sampling_params(). If one prompt is impossible, none runs.
+        use_tqdm: whether to show a progress bar (on a terminal), or what makes one, as tqdm does.
         """
+        _check_run_options(use_tqdm, lora_request)
         many = _is_batch(prompts)
         batch: list[Prompt] = list(prompts) if many else [prompts]  # type: ignore[arg-type, list-item]
         return self._run(self._prepare(batch, sampling_params, priority, True), use_tqdm)
@@ -53,23 +59,30 @@ class LLM:
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: None = None,
         *,
-        use_tqdm: bool = True,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation, a list of {"role": ..., "content": ...}, or a list of them."""
-        options = {
-            "chat_template": chat_template,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-            "tools": tools,
-            **(chat_template_kwargs or {}),
-        }
-        prompts = [self._engine.render_chat(m, **options) for m in _conversations(messages)]
+        """Answers one conversation, a list of {"role": ..., "content": ...}, or a list of them.
+        A content is a text or a list of {"type": "text", "text": ...}. chat_template_kwargs are
+        variables of the template."""
+        _check_run_options(use_tqdm, lora_request)
+        prompts = [
+            self._engine.render_chat(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+            for conversation in _conversations(messages)
+        ]
         # The template has written the special tokens.
         return self._run(self._prepare(prompts, sampling_params, None, False), use_tqdm)
 
@@ -93,10 +106,21 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         delta: bool = True,
-        **template_options: Any,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:
-        """chat(), step by step; template_options as the chat template takes them."""
-        prompt = self._engine.render_chat(messages, **template_options)
+        """chat() of one conversation, step by step as stream()."""
+        prompt = self._engine.render_chat(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         request = self._engine.prepare(prompt, sampling_params, add_special_tokens=False)
         return self._stream(request, delta)
 
@@ -157,26 +181,45 @@ class LLM:
                 ) from None
         return requests
 
-    def _run(self, requests: list[PreparedRequest], use_tqdm: bool) -> list[RequestOutput]:
-        from tqdm.auto import tqdm
-
+    def _run(
+        self, requests: list[PreparedRequest], use_tqdm: bool | Callable[..., Any]
+    ) -> list[RequestOutput]:
         states = [request.state for request in requests]
         try:
-            for request in requests:
-                self._engine.submit(request)
-            # disable=None: no bar where stderr is not a terminal.
-            hide = None if use_tqdm else True
-            with tqdm(total=len(states), desc="Prompts", unit="prompt", disable=hide) as bar:
-                for i, state in enumerate(states):
+            with self._show_progress(states, use_tqdm):
+                for request in requests:
+                    self._engine.submit(request)
+                for state in states:
                     while not state.finished:
                         self._pump(state)
-                        if not bar.disable:
-                            bar.update(i + sum(s.finished for s in states[i:]) - bar.n)
         except BaseException:  # Ctrl-C, too
             for state in states:
                 self._engine.abort(state)
             raise
         return [self._result(state, i) for i, state in enumerate(states)]
+
+    @contextlib.contextmanager
+    def _show_progress(
+        self, states: list[RequestState], use_tqdm: bool | Callable[..., Any]
+    ) -> Iterator[None]:
+        if use_tqdm is False:
+            yield
+            return
+        options = {"total": len(states), "desc": "Prompts", "unit": "prompt"}
+        if use_tqdm is True:
+            from tqdm.auto import tqdm
+
+            # disable=None: no bar where stderr is not a terminal.
+            bar = tqdm(**options, disable=None)
+        else:
+            bar = use_tqdm(**options)
+        self._bars.update((state.core_id, bar) for state in states)
+        try:
+            yield
+        finally:
+            for state in states:
+                self._bars.pop(state.core_id, None)
+            bar.close()
 
     def _stream(self, request: PreparedRequest, delta: bool) -> Iterator[RequestOutput]:
         state = self._engine.submit(request)
@@ -194,8 +237,11 @@ class LLM:
     def _pump(self, state: RequestState) -> None:
         """Takes in what the engine made, for all requests. Waits for a moment at most."""
         with self._lock:
-            if not state.finished:
-                self._engine.apply(self._engine.core.wait_outputs(_WAIT_SECONDS))
+            if state.finished:
+                return
+            for changed in self._engine.apply(self._engine.core.wait_outputs(_WAIT_SECONDS)):
+                if changed.finished and (bar := self._bars.pop(changed.core_id, None)) is not None:
+                    bar.update(1)
 
     def _result(self, state: RequestState, index: int) -> RequestOutput:
         self._raise_failure(state, f"prompt {index}: ")
@@ -204,6 +250,13 @@ class LLM:
     def _raise_failure(self, state: RequestState, where: str = "") -> None:
         if state.error is not None:
             raise RuntimeError(f"{where}the engine failed: {state.error}")
+
+
+def _check_run_options(use_tqdm: Any, lora_request: Any) -> None:
+    if not isinstance(use_tqdm, bool) and not callable(use_tqdm):
+        refuse("use_tqdm", use_tqdm, "True, False or a callable that makes the bar")
+    if lora_request is not None:
+        refuse("lora_request", lora_request, "None: LoRA adapters are not available")
 
 
 def _is_batch(prompts: Any) -> bool:

@@ -74,9 +74,10 @@ class Choice:
     def _add_text(self, text: str) -> bool:
         """True if a stop string is complete: that ends the choice."""
         stop = None
-        # Like stop tokens, stop strings count only after min_tokens tokens.
-        if self._stops is not None and len(self.output.token_ids) > self._min_tokens:
-            text, stop = self._stops.push(text)
+        if self._stops is not None:
+            # Like stop tokens, stop strings end a choice only after min_tokens tokens.
+            may_stop = len(self.output.token_ids) > self._min_tokens
+            text, stop = self._stops.push(text, may_stop)
         if text:
             self._pieces.append(text)
         if stop is not None:

@@ -109,6 +109,22 @@ def test_chat(llm: AsyncLLM) -> None:
     run(llm, scenario)
 
 
+def test_chat_options_are_those_of_llm_chat(llm: AsyncLLM) -> None:
+    talk = [{"role": "user", "content": "hi"}]
+
+    async def scenario(llm: AsyncLLM) -> None:
+        options: dict[str, Any] = {"chat_template": "{{ word }}"}
+        options["chat_template_kwargs"] = {"word": "x"}
+        assert (await last(llm.chat(talk, wild(), **options))).prompt == "x"
+        with pytest.raises(TypeError, match="chat_templat'"):
+            llm.chat(talk, wild(), chat_templat="x")  # type: ignore[call-arg]
+        with pytest.raises(ValueError, match="must not hold 'messages'"):
+            llm.chat(talk, wild(), chat_template_kwargs={"messages": []})
+        await idle(llm)
+
+    run(llm, scenario)
+
+
 @pytest.mark.parametrize("how", ["cancel", "aclose", "drop"])
 def test_a_reader_that_leaves_frees_the_blocks(llm: AsyncLLM, how: str) -> None:
     async def scenario(llm: AsyncLLM) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ import pytest
 from nano_inference import LLM, SamplingParams
 from nano_inference.outputs import RequestOutput
 from nano_inference.random_model import write_random_model
+from nano_inference.request import RequestState
 
 VLLM_SCRIPT = """
 from vllm import LLM, SamplingParams
@@ -380,6 +383,98 @@ def test_chat_options(llm: LLM) -> None:
         llm.chat("hi")  # type: ignore[arg-type]
 
 
+def test_every_chat_takes_the_same_options(llm: LLM) -> None:
+    options: dict[str, Any] = {
+        "chat_template": "{{ messages | length }}{{ word }}",
+        "chat_template_kwargs": {"word": "x"},
+    }
+    assert [*llm.stream_chat(TALK, greedy(), **options)][0].prompt == "2x"
+    continued = {"add_generation_prompt": False, "continue_final_message": True}
+    (first, *_) = llm.stream_chat(TALK, greedy(), **continued)
+    assert first.prompt == "<s><|user|>hi<|assistant|>he"
+    for chat in (llm.chat, llm.stream_chat):
+        with pytest.raises(TypeError, match="chat_templat'"):
+            chat(TALK, greedy(), chat_templat="x")  # type: ignore[operator]
+        for key in ("messages", "add_generation_prompt", "tools", "chat_template", "tokenize"):
+            with pytest.raises(ValueError, match=f"chat_template_kwargs must not hold '{key}'"):
+                chat(TALK, greedy(), chat_template_kwargs={key: True})  # type: ignore[operator]
+        with pytest.raises(ValueError, match="chat_template_kwargs must be a dict"):
+            chat(TALK, greedy(), chat_template_kwargs="x")  # type: ignore[operator]
+        with pytest.raises(ValueError, match="chat_template must be a string"):
+            chat(TALK, greedy(), chat_template=5)  # type: ignore[operator]
+
+
+def test_chat_of_content_parts(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    (out,) = llm.chat([{"role": "user", "content": parts}], greedy())
+    assert out.prompt == "<s><|user|>h\ni<|assistant|>"
+    with pytest.raises(ValueError, match="image_url"):
+        llm.chat([{"role": "user", "content": [{"type": "image_url"}]}], greedy())
+
+
+# -- Progress and positions -----------------------------------------------------------------------
+
+
+class Bar:
+    def __init__(self, total: int, **_: Any) -> None:
+        self.total, self.steps, self.closed = total, [], False  # type: ignore[var-annotated]
+
+    def update(self, n: int) -> None:
+        self.steps.append(n)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("how", ["generate", "chat"])
+def test_use_tqdm_may_make_the_bar(llm: LLM, how: str) -> None:
+    bars: list[Bar] = []
+
+    def make(**options: Any) -> Bar:
+        bars.append(Bar(**options))
+        return bars[-1]
+
+    params = [greedy(max_tokens=1 + i % 5) for i in range(9)]
+    many: list[Any] = ["abc"] * 9 if how == "generate" else [TALK[:1]] * 9
+    call: Any = getattr(llm, how)
+    call(many, params, use_tqdm=make)
+    assert bars[0].total == sum(bars[0].steps) == 9 and bars[0].closed
+    call(many, params, make, None)  # vLLM's order
+    assert sum(bars[1].steps) == 9 and not llm._bars
+    for wrong in (1, "yes", None):
+        with pytest.raises(ValueError, match="use_tqdm must be True, False or a callable"):
+            call(many, params, use_tqdm=wrong)
+    with pytest.raises(ValueError, match="lora_request must be None: LoRA.* not available"):
+        call(many, params, False, "adapter")
+
+
+def test_progress_costs_the_same_for_every_prompt(llm: LLM) -> None:
+    """One look at each prompt's end, not one at all of them after each step."""
+    looks = 0
+
+    class Counting(RequestState):
+        @property
+        def finished(self) -> bool:
+            nonlocal looks
+            looks += 1
+            return self._finished
+
+        @finished.setter
+        def finished(self, value: bool) -> None:
+            self._finished = value
+
+    params = [greedy(max_tokens=500), *[greedy(max_tokens=1)] * 99]  # long after the others' ends
+    requests = llm._prepare(["abc"] * 100, params, None, True)
+    for request in requests:
+        request.state.__dict__["_finished"] = request.state.__dict__.pop("finished")
+        request.state.__class__ = Counting
+    steps = llm.stats["steps"]
+    llm._run(requests, Bar)
+    steps = llm.stats["steps"] - steps
+    # Some looks at each output and at each step; one at all prompts after each step would be more.
+    assert looks < 4 * (500 + 99 + steps)
+
+
 # -- Life and death -------------------------------------------------------------------------------
 
 
@@ -394,6 +489,44 @@ def test_default_params_are_the_models(tmp_path: Path) -> None:
         (out,) = llm.generate("abc", SamplingParams(logit_bias={97: 100.0}, temperature=0))
         assert out.outputs[0].token_ids == [97]
         assert (out.outputs[0].finish_reason, out.outputs[0].stop_reason) == ("stop", None)
+
+
+def test_eos_of_the_tokenizer_stops(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path, eos_token_id=None)
+    (path / "generation_config.json").unlink()
+    params = SamplingParams(logit_bias={257: 100.0}, temperature=0)
+    with LLM(str(path), use_tqdm_on_load=False) as llm:
+        (out,) = llm.generate("abc", params)
+        assert (out.outputs[0].token_ids, out.outputs[0].finish_reason) == ([257], "stop")
+    with LLM(str(path), skip_tokenizer_init=True, use_tqdm_on_load=False) as llm:
+        (out,) = llm.generate([97], params)
+        assert out.outputs[0].finish_reason == "length"
+
+
+def test_a_fork_is_refused_and_not_left_to_hang(model_dir: Path) -> None:
+    script = f"""
+import os, sys
+from nano_inference import LLM, SamplingParams
+llm = LLM({str(model_dir)!r}, use_tqdm_on_load=False)
+request = llm.engine.prepare("abc", SamplingParams())
+pid = os.fork()
+if pid == 0:
+    for call in (lambda: llm.generate("abc"), lambda: llm.engine.submit(request)):
+        try:
+            call()
+        except RuntimeError as error:
+            print(error, flush=True)
+    llm.close()
+    os._exit(0)
+os.waitpid(pid, 0)
+print(len(llm.generate("abc", SamplingParams(ignore_eos=True))[0].outputs[0].token_ids))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100
+    )
+    *refusals, count = done.stdout.splitlines()
+    assert len(refusals) == 2 and count == "16"
+    assert all("is a fork of it" in line and "spawn" in line for line in refusals)
 
 
 def test_ctrl_c_aborts_and_the_llm_lives_on(llm: LLM) -> None:

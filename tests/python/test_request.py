@@ -146,6 +146,31 @@ def test_stop_strings_count_after_min_tokens(tokenizer: Tokenizer) -> None:
     assert (choice.text, len(choice.token_ids)) == ("aaa", 4)
 
 
+@settings(max_examples=400, deadline=None)
+@given(
+    text=st.text("ab", min_size=1, max_size=12),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    min_tokens=st.integers(0, 6),
+    cuts=st.lists(st.integers(1, 11), max_size=4),
+)
+def test_a_stop_string_may_begin_before_min_tokens(
+    tokenizer: Tokenizer, text: str, stops: list[str], min_tokens: int, cuts: list[int]
+) -> None:
+    """It counts if it ends after them; one token is one character here."""
+    params = SamplingParams(stop=stops, min_tokens=min_tokens, max_tokens=None)
+    cuts = [cut for cut in cuts if cut < len(text)]
+    state, deltas, _ = feed(tokenizer, params, list(text.encode()), cuts, "length")
+    ends = [
+        (end, max(found, key=len))
+        for end in range(min_tokens + 1, len(text) + 1)
+        if (found := [stop for stop in stops if text[:end].endswith(stop)])
+    ]
+    end, stop = ends[0] if ends else (len(text), None)
+    choice = state.take().outputs[0]
+    assert choice.text == text[: end - len(stop or "")] == "".join(deltas)
+    assert (choice.stop_reason, len(choice.token_ids)) == (stop, end)
+
+
 def test_choices_end_on_their_own(tokenizer: Tokenizer) -> None:
     state, ended = new_state(tokenizer, SamplingParams(n=3, stop="x")), []
     state.push(output(list(b"one"), choice=0), ended.append)

@@ -454,6 +454,65 @@ def test_continued_list_content_is_cut_after_its_text(tmp_path):
     assert tokenizer.apply_chat_template(messages, **options) == "[one "
 
 
+PARTS = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+
+
+def test_content_parts_become_text_for_templates_of_strings():
+    tokenizer = Tokenizer(byte_level(), SPECIAL_CONFIG, {"default": CHATML})
+    messages = [{"role": "system", "content": PARTS[:1]}, {"role": "user", "content": PARTS}]
+    before = json.dumps(messages)
+    plain = [{"role": "system", "content": "one"}, {"role": "user", "content": "one\ntwo"}]
+    assert tokenizer.apply_chat_template(messages) == tokenizer.apply_chat_template(plain)
+    assert json.dumps(messages) == before
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert tokenizer.apply_chat_template(messages, **options).endswith("user\none\ntwo")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endfor %}",
+        "{% for m in messages %}{% for p in m['content'] | list %}[{{ p.text }}]{% endfor %}"
+        "{% endfor %}",
+        "{% for m in messages %}{% set c = m.get('content') %}{% set d = c[:] %}"
+        "{% for p in d if p.type == 'text' %}[{{ p.text }}]{% endfor %}{% endfor %}",
+        "{% macro show(content) %}{% for p in content %}[{{ p.text }}]{% endfor %}{% endmacro %}"
+        "{% for m in messages %}{{ show(m.content) }}{% endfor %}",
+    ],
+)
+def test_templates_that_iterate_get_the_parts(template):
+    tokenizer = Tokenizer(byte_level(), {}, {"default": template})
+    messages = [{"role": "user", "content": PARTS}]
+    assert tokenizer.apply_chat_template(messages) == "[one][two]"
+
+
+@pytest.mark.parametrize("template", [CHATML, "{% for p in messages[0].content %}{% endfor %}"])
+@pytest.mark.parametrize(
+    "part, message",
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url' is not available"),
+        ({"type": "input_audio"}, "'input_audio' is not available"),
+        ({"text": "x"}, "must be a dict with a type"),
+        ("x", "must be a dict with a type"),
+        ({"type": "text"}, "needs its 'text'"),
+    ],
+)
+def test_other_content_parts_are_refused(template, part, message):
+    tokenizer = Tokenizer(byte_level(), SPECIAL_CONFIG, {"default": template})
+    with pytest.raises(ValueError, match=message):
+        tokenizer.apply_chat_template([{"role": "user", "content": [*PARTS, part]}])
+
+
+def test_tokenize_gives_ids(chat_pair):
+    tokenizer, reference = chat_pair
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False)
+    assert text == tokenizer.apply_chat_template(QUESTION)
+    ids = tokenizer.apply_chat_template(QUESTION, tokenize=True)
+    assert ids == reference.encode(text, add_special_tokens=False)
+    with pytest.raises(ValueError, match="tokenize must be True or False"):
+        tokenizer.apply_chat_template(QUESTION, tokenize="yes")
+
+
 def test_errors_of_templates_are_value_errors():
     tokenizer = Tokenizer(byte_level(), SPECIAL_CONFIG, {"default": LLAMA2})
     with pytest.raises(ValueError, match="Roles must alternate"):
