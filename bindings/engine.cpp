@@ -18,6 +18,7 @@ Tensor weight_view(const py::array& a, DType dtype) {
   check_arg(is_float == (dtype != DType::bf16) && a.dtype().byteorder() != '>',
             "an array of numpy type ", py::cast<std::string>(py::str(a.dtype())),
             " does not hold elements of ", dtype_name(dtype));
+  check_arg(a.strides(0) % item == 0, "the stride of a weight must be whole elements");
   check_arg(a.ndim() == 1 || a.strides(1) == item || a.shape(1) == 1,
             "the rows of a weight must be contiguous");
   Tensor t;
@@ -168,7 +169,8 @@ py::dict record_dict(const StepRecord& r) {
     entry["num_samples"] = e.num_samples;
     entry["is_decode"] = e.is_decode;
     entry["first_block"] = e.first_block;
-    entry["blocks"] = e.blocks;
+    const auto blocks = r.blocks_of(e);
+    entry["blocks"] = std::vector<int32_t>(blocks.begin(), blocks.end());
     entries.append(entry);
   }
   d["entries"] = entries;
@@ -262,8 +264,13 @@ void bind_engine(py::module_& m) {
       .def(
           "trace",
           [](const Engine& self, uint64_t since) {
+            std::vector<StepRecord> records;
+            {
+              const py::gil_scoped_release release;
+              records = self.trace(since);
+            }
             py::list out;
-            for (const StepRecord& record : self.trace(since)) out.append(record_dict(record));
+            for (const StepRecord& record : records) out.append(record_dict(record));
             return out;
           },
           py::arg("since_step") = 0)

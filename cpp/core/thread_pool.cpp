@@ -50,7 +50,40 @@ int wait_change(const std::atomic<int>& value, int old) {
   return value.load(std::memory_order_acquire);
 }
 
+// The thread's floating-point control word; 0 on machines that we do not know.
+uint64_t float_control() {
+  uint64_t word = 0;
+#if defined(__x86_64__)
+  word = __builtin_ia32_stmxcsr();
+#elif defined(__aarch64__)
+  asm volatile("mrs %0, fpcr" : "=r"(word));
+#endif
+  return word;
+}
+
+void set_float_control([[maybe_unused]] uint64_t word) {
+#if defined(__x86_64__)
+  __builtin_ia32_ldmxcsr(static_cast<unsigned>(word));
+#elif defined(__aarch64__)
+  asm volatile("msr fpcr, %0" : : "r"(word));
+#endif
+}
+
+#if defined(__x86_64__)
+constexpr uint64_t kDefaultFloatControl = 0x1f80;  // all exceptions masked
+#else
+constexpr uint64_t kDefaultFloatControl = 0;
+#endif
+
 }  // namespace
+
+FloatEnvironment::FloatEnvironment() : saved_(float_control()) {
+  set_float_control(kDefaultFloatControl);
+}
+
+FloatEnvironment::~FloatEnvironment() {
+  set_float_control(saved_);
+}
 
 int available_cores() {
   cpu_set_t set;
@@ -68,11 +101,22 @@ ThreadPool::ThreadPool(int num_threads) {
             "; it must be 0 (one per core) to 1024");
   const int n = num_threads > 0 ? num_threads : available_cores();
   threads_.reserve(static_cast<size_t>(n - 1));
-  for (int worker = 1; worker < n; ++worker)
-    threads_.emplace_back([this, worker] { work(worker); });
+  try {
+    for (int worker = 1; worker < n; ++worker)
+      threads_.emplace_back([this, worker] { work(worker); });
+  } catch (const std::exception& error) {  // those that run must be joined
+    const size_t started = threads_.size() + 1;
+    stop();
+    throw std::runtime_error(
+        concat("only ", started, " of ", n, " threads could be started: ", error.what()));
+  }
 }
 
 ThreadPool::~ThreadPool() {
+  stop();
+}
+
+void ThreadPool::stop() {
   stop_.store(true, std::memory_order_relaxed);
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();
@@ -105,6 +149,7 @@ void ThreadPool::run_range(const Job& job, int worker) noexcept {
 }
 
 void ThreadPool::work(int worker) {
+  const FloatEnvironment environment;
   for (int seen = 0;;) {
     seen = wait_change(epoch_, seen);
     if (stop_.load(std::memory_order_relaxed)) return;

@@ -15,6 +15,20 @@ namespace ni {
 // Cores this process may use: its affinity mask, bounded by the CPU quota of its cgroup.
 int available_cores();
 
+// While it lives, this thread rounds to nearest and keeps denormals. Libraries may have switched
+// that (flush-to-zero) in the thread that calls us, and a row's bits must not depend on who
+// computes it.
+class FloatEnvironment {
+ public:
+  FloatEnvironment();
+  ~FloatEnvironment();
+  FloatEnvironment(const FloatEnvironment&) = delete;
+  FloatEnvironment& operator=(const FloatEnvironment&) = delete;
+
+ private:
+  uint64_t saved_;
+};
+
 class ThreadPool {
  public:
   // num_threads counts the caller, who works too; 0 = available_cores().
@@ -32,6 +46,7 @@ class ThreadPool {
   template <typename Fn>
   void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
     if (n <= 0) return;
+    const FloatEnvironment environment;
     const int64_t ranges = grain > 1 ? (n + grain - 1) / grain : n;
     if (ranges == 1 || threads_.empty()) {
       fn(int64_t{0}, n, 0);
@@ -62,6 +77,7 @@ class ThreadPool {
   };
 
   void run(const Job& job);
+  void stop();
   void work(int worker);
   void run_range(const Job& job, int worker) noexcept;
 

@@ -268,9 +268,9 @@ NI_INLINE void store_scalar(f16* p, float x) {
   uint32_t h;
   if (a > 0x7f800000u) {
     h = 0x7e00u;
-  } else if (a >= 0x477ff000u) {  // rounds to infinity
-    h = 0x7c00u;
-  } else if (a < 0x38800000u) {  // subnormal: adding 0.5 leaves round(|x| * 2^24) in the low bits
+  } else if (a >= 0x477fe000u) {  // the largest: an infinity in the cache would turn the rows of
+    h = 0x7bffu;                  // other tokens of its tile into NaN (0 * inf)
+  } else if (a < 0x38800000u) {   // subnormal: adding 0.5 leaves round(|x| * 2^24) in the low bits
     h = as_bits(as_float(a) + 0.5f) - 0x3f000000u;
   } else {
     h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;

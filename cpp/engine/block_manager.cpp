@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <random>
 #include <utility>
 
 #include "core/check.h"
@@ -15,9 +16,8 @@ uint64_t mix(uint64_t h, uint64_t value) {
   return h ^ (h >> 32);
 }
 
-// The salt seeds the chain. Any function will do: a hit compares the salts themselves.
-uint64_t salt_seed(const std::string& salt) {
-  uint64_t h = 0x243F6A8885A308D3ull;
+// The salt continues the chain from `h`. Any function will do: a hit compares the salts themselves.
+uint64_t salt_seed(const std::string& salt, uint64_t h) {
   for (const char c : salt) h = mix(h, static_cast<unsigned char>(c));
   return h;
 }
@@ -30,7 +30,9 @@ uint64_t default_block_hash(uint64_t parent, const int32_t* tokens, int count) {
   return h;
 }
 
-BlockManager::BlockManager(BlockManagerConfig config) : config_(std::move(config)) {
+BlockManager::BlockManager(BlockManagerConfig config)
+    : hash_seed_(std::random_device{}() | uint64_t{std::random_device{}()} << 32),
+      config_(std::move(config)) {
   check_arg(config_.num_blocks >= 1, "num_blocks must be at least 1, got ", config_.num_blocks);
   check_arg(config_.block_size >= 1, "block_size must be at least 1, got ", config_.block_size);
   check_arg(config_.hash != nullptr, "the block hash must not be empty");
@@ -102,6 +104,7 @@ void BlockManager::release(int32_t block) {
   if (--ref_counts_[static_cast<size_t>(block)] > 0) return;
   const int32_t sentinel = config_.num_blocks;
   ++num_available_;
+  ++version_;
   if (at(block).id != 0) {
     ++num_cached_;
     link_between(block, at(sentinel).prev, sentinel);
@@ -117,7 +120,7 @@ int32_t* BlockManager::tokens_of(int32_t block) const {
 }
 
 BlockManager::Link BlockManager::root(const Sequence& seq) const {
-  return {0, salt_seed(seq.request->cache_salt)};
+  return {0, salt_seed(seq.request->cache_salt, hash_seed_)};
 }
 
 uint64_t BlockManager::hash_of(const Link& parent, const Sequence& seq, int index) const {
@@ -154,6 +157,7 @@ void BlockManager::remember(int32_t block, uint64_t hash, const Link& parent, co
   if (parent.id == 0 && !seq.request->cache_salt.empty()) salts_[block] = seq.request->cache_salt;
   Block& b = at(block);
   b.id = next_id_++;
+  ++version_;
   b.parent = parent.id;
   b.hash = static_cast<uint32_t>(hash);
   size_t place = home_of(b.hash);
@@ -211,6 +215,15 @@ int BlockManager::take_prefix(Sequence& seq) {
   counters_.prefix_queries += static_cast<uint64_t>(seq.num_tokens());
   counters_.prefix_hits += static_cast<uint64_t>(seq.num_computed);
   return seq.num_computed;
+}
+
+void BlockManager::return_prefix(Sequence& seq) {
+  if (!config_.enable_prefix_caching) return;
+  counters_.prefix_queries -= static_cast<uint64_t>(seq.num_tokens());
+  counters_.prefix_hits -= static_cast<uint64_t>(seq.num_computed);
+  const uint64_t before = version_;
+  free(seq);
+  version_ = before;  // nothing has changed since the prefix was taken
 }
 
 void BlockManager::commit_full_blocks(Sequence& seq) {

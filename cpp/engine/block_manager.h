@@ -69,6 +69,10 @@ class BlockManager {
   int lookup_prefix(const Sequence& seq) const;
   // Takes the cached prefix into an empty block table; sets num_computed. Returns its tokens.
   int take_prefix(Sequence& seq);
+  // Undoes take_prefix of a sequence that cannot start after all; the statistics forget it, too.
+  void return_prefix(Sequence& seq);
+  // Changes whenever a block becomes available or cached: what was impossible may be possible now.
+  uint64_t version() const { return version_; }
 
   // New blocks that `grow` would need, a copy of a shared last block included.
   int blocks_needed(const Sequence& seq, int num_tokens) const;
@@ -96,6 +100,8 @@ class BlockManager {
   void check_invariants(const std::vector<const Sequence*>& sequences) const;
 
  private:
+  const uint64_t hash_seed_;  // of this process: nobody can prepare prompts that all collide
+  uint64_t version_ = 0;
   static constexpr int32_t kNone = -1;
   struct alignas(32) Block {             // never across two cache lines
     int32_t prev = kNone, next = kNone;  // in the list of available blocks

@@ -79,20 +79,32 @@ RunnerConfig Engine::runner_config(const EngineConfig& config) {
   return out;
 }
 
+void Engine::load_weight(const std::string& slot, const Tensor& data) {
+  check_arg(!loaded_, "weights cannot be loaded after finish_loading()");
+  runner_.load_weight(slot, data);
+}
+
 void Engine::finish_loading() {
+  check_arg(!loaded_, "finish_loading() has already been called");
   runner_.finish_loading();
   loaded_ = true;
   publish();
 }
 
 void Engine::start() {
+  const std::scoped_lock lock(lifecycle_mutex_, step_mutex_);
   check_arg(loaded_, "start() needs finish_loading() first");
-  check_arg(!thread_.joinable() && !stopping_, "the engine has already been started");
+  check_arg(!started_, "the engine has already been started");
+  {
+    const std::lock_guard shared(mutex_);
+    check_arg(!stopping_, "the engine has been shut down");
+  }
   thread_ = std::thread([this] { loop(); });
+  started_ = true;
 }
 
 void Engine::shutdown() {
-  const std::lock_guard one_at_a_time(shutdown_mutex_);
+  const std::lock_guard one_at_a_time(lifecycle_mutex_);
   {
     const std::lock_guard lock(mutex_);
     if (stopped_) return;
@@ -102,7 +114,8 @@ void Engine::shutdown() {
   if (thread_.joinable()) {
     thread_.join();
   } else {
-    abort_all();
+    const std::lock_guard lock(step_mutex_);
+    end_all();
   }
 }
 
@@ -177,27 +190,32 @@ EngineStats Engine::stats() const {
 // -- The engine thread ------------------------------------------------------------------------
 
 void Engine::loop() {
-  while (true) {
-    {
-      std::unique_lock lock(mutex_);
-      inbox_ready_.wait(lock, [this] {
-        return stopping_ || (counters_.healthy && (!inbox_.empty() || scheduler_.has_work()));
-      });
-      if (stopping_) break;
+  try {
+    while (true) {
+      {
+        std::unique_lock lock(mutex_);
+        inbox_ready_.wait(lock, [this] {
+          return stopping_ || (counters_.healthy && (!inbox_.empty() || scheduler_.has_work()));
+        });
+        if (stopping_) break;
+      }
+      run_step();
     }
-    run_step();
+  } catch (...) {  // not even the failure could be handled, for want of memory, say
+    counters_.healthy = false;
   }
-  abort_all();
+  end_all();
 }
 
 bool Engine::step() {
+  const std::lock_guard lock(step_mutex_);
   check_idle_caller();
   check_arg(loaded_, "step() needs finish_loading() first");
   return run_step();
 }
 
 void Engine::check_idle_caller() const {
-  check_arg(!thread_.joinable(), "the engine thread is running: this call is for stepping by hand");
+  check_arg(!started_, "the engine thread is running: this call is for stepping by hand");
 }
 
 bool Engine::run_step() {
@@ -249,22 +267,24 @@ void Engine::run_plan(const StepPlan& plan) {
   if (trace_.enabled()) begin_record(plan);
   for (const ScheduledSequence& item : plan.items)
     if (!item.is_decode) counters_.prompt_tokens += static_cast<uint64_t>(item.num_query);
-  bool failed = false;
-  try {
+  const StepResult* result = nullptr;
+  std::string error;
+  try {  // whatever a device throws ends this step's requests and no more
     runner_.launch(plan);
-    const StepResult& result = runner_.collect();
-    step_end_ = now();
-    collect_outputs(plan, result);
-  } catch (const std::logic_error&) {
-    throw;
-  } catch (const std::exception& error) {
-    failed = true;
+    result = &runner_.collect();
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  step_end_ = now();
+  if (result != nullptr) {
+    collect_outputs(plan, *result);
+  } else {
     ++counters_.failed_steps;
-    fail_step(error.what());
+    fail_step(error);
   }
   ++counters_.steps;
   counters_.last_step_time = step_end_;
-  if (trace_.enabled()) end_record(failed);
+  if (trace_.enabled()) end_record(result == nullptr);
 }
 
 void Engine::collect_outputs(const StepPlan& plan, const StepResult& result) {
@@ -371,6 +391,9 @@ void Engine::emit_ended(const std::string& error) {
 void Engine::fail_step(const std::string& error) {
   updates_.clear();
   scheduler_.fail(updates_);
+  // A preempted choice had no row in the step, but its request has failed.
+  for (size_t i = 0, failed = updates_.size(); i < failed; ++i)
+    scheduler_.abort(uint64_t{updates_[i].request_id}, -1, FinishReason::error, updates_);
   step_end_ = now();
   emit_ended(error);
 }
@@ -411,10 +434,11 @@ void Engine::begin_record(const StepPlan& plan) {
   record.preempted = plan.preempted;
   record.copies = plan.copies;
   record.entries.resize(plan.items.size());
+  record.blocks.clear();
   const int block_size = blocks_.block_size();
   for (size_t i = 0; i < plan.items.size(); ++i) {
     const ScheduledSequence& item = plan.items[i];
-    const Sequence& seq = *item.seq;
+    Sequence& seq = *item.seq;
     StepRecord::Entry& entry = record.entries[i];
     entry.request_id = seq.request->id;
     entry.choice = seq.choice;
@@ -422,11 +446,14 @@ void Engine::begin_record(const StepPlan& plan) {
     entry.context_len = seq.num_computed + item.num_query;
     entry.num_samples = item.num_samples;
     entry.is_decode = item.is_decode;
-    // New in the running set: prefill from its cached prefix on, or a fork's first own step.
-    const bool fresh =
-        seq.num_computed == seq.num_cached || seq.num_output() <= 1 || !item.is_decode;
+    // Its whole table once it runs (again), and in a fork's first step of its own.
+    const bool forked = item.is_decode && seq.choice > 0 && seq.num_output() == 1;
+    const bool fresh = forked || std::exchange(seq.traced_run, seq.preemptions) != seq.preemptions;
     entry.first_block = fresh ? 0 : seq.num_computed / block_size;
-    entry.blocks.assign(seq.block_table.begin() + entry.first_block, seq.block_table.end());
+    entry.blocks_begin = static_cast<int>(record.blocks.size());
+    record.blocks.insert(record.blocks.end(), seq.block_table.begin() + entry.first_block,
+                         seq.block_table.end());
+    entry.blocks_end = static_cast<int>(record.blocks.size());
   }
 }
 
@@ -491,9 +518,20 @@ void Engine::abort_all() {
     emit_ended("");
   }
   publish();
+}
+
+// Whatever happens, nobody shall wait for outputs for ever.
+void Engine::end_all() noexcept {
+  bool failed = false;
+  try {
+    abort_all();
+  } catch (...) {
+    failed = true;
+  }
   {
     const std::lock_guard lock(mutex_);
     stopped_ = true;
+    published_.healthy = published_.healthy && !failed;
   }
   outbox_ready_.notify_all();
 }
@@ -501,6 +539,7 @@ void Engine::abort_all() {
 // -- Study and tests --------------------------------------------------------------------------
 
 bool Engine::reset_prefix_cache() {
+  const std::lock_guard lock(step_mutex_);
   check_idle_caller();
   if (scheduler_.has_work()) return false;
   blocks_.reset_prefix_cache();
@@ -509,6 +548,7 @@ bool Engine::reset_prefix_cache() {
 }
 
 std::vector<float> Engine::logits(const std::vector<int32_t>& tokens) {
+  const std::lock_guard lock(step_mutex_);
   check_idle_caller();
   check_arg(loaded_, "logits() needs finish_loading() first");
   check_arg(!tokens.empty() && std::cmp_less_equal(tokens.size(), config_.max_model_len),

@@ -96,7 +96,8 @@ class Engine {
 
   static RunnerConfig runner_config(const EngineConfig& config);
 
-  void load_weight(const std::string& slot, const Tensor& data) { runner_.load_weight(slot, data); }
+  // Both throw std::invalid_argument after finish_loading().
+  void load_weight(const std::string& slot, const Tensor& data);
   void finish_loading();
   void start();
   // Stops after the step in flight; unfinished requests end with FinishReason::abort. From any
@@ -156,6 +157,7 @@ class Engine {
   void end_record(bool failed);
   void publish();
   void abort_all();
+  void end_all() noexcept;
   void check_idle_caller() const;
 
   const EngineConfig config_;
@@ -175,8 +177,14 @@ class Engine {
   std::vector<StepRecord::Finished> ended_;  // since the last record of the trace
   double step_end_ = 0.0;
 
+  // Lifecycle. Lock order: lifecycle_mutex_, step_mutex_, mutex_.
+  std::mutex lifecycle_mutex_;  // start() and shutdown(), one at a time
+  std::mutex step_mutex_;       // whoever steps by hand
+  std::atomic<bool> loaded_ = false;
+  bool started_ = false;  // under step_mutex_
+  std::thread thread_;
+
   // Shared.
-  std::mutex shutdown_mutex_;
   mutable std::mutex mutex_;
   std::condition_variable inbox_ready_, outbox_ready_;
   std::vector<InboxItem> inbox_;
@@ -186,8 +194,6 @@ class Engine {
   int inbox_requests_ = 0;
   bool stopping_ = false;
   bool stopped_ = false;
-  bool loaded_ = false;
-  std::thread thread_;
 };
 
 }  // namespace ni

@@ -86,24 +86,26 @@ void ModelRunner::finish_loading() {
   sample_capacity_ = max_sample_rows(config_);
   sample_data_ = backend_->alloc(sample_bytes(sample_capacity_, config_.max_logprobs));
   const auto rows = static_cast<size_t>(sample_capacity_);
-  const size_t top = rows * static_cast<size_t>(config_.max_logprobs);
   for (std::vector<int32_t>* v : {&result_.token_ids, &result_.ranks, &result_.samples})
     v->reserve(rows);
   result_.logprobs.reserve(rows);
-  result_.top_ids.reserve(top);
-  result_.top_logprobs.reserve(top);
   cache_.allocate(*backend_, config_.num_blocks);
   ropes_ = std::make_unique<RopeTables>(model_, config_.max_model_len, *backend_);
   decoder_ = std::make_unique<Decoder>(model_, weights_, cache_, *ropes_, activations_, *backend_);
 }
 
-void ModelRunner::launch(const StepPlan& plan) {
+StepInputs ModelRunner::forward(const StepPlan& plan) {
   batch_.build(plan);
   // Only what max_bytes() does not count can make it grow.
   if (step_data_.bytes() < batch_.bytes()) step_data_ = backend_->alloc(2 * batch_.bytes());
   backend_->upload(batch_.data(), step_data_.data(), batch_.bytes());
   const StepInputs in = batch_.inputs_at(step_data_.data());
   backend_->run_step(0, [&] { decoder_->forward(in); });
+  return in;
+}
+
+void ModelRunner::launch(const StepPlan& plan) {
+  const StepInputs in = forward(plan);
   sample_rows(in, sample_views(sample_data_.data(), sample_capacity_, config_.max_logprobs));
 }
 
@@ -116,7 +118,8 @@ void ModelRunner::sample_rows(const StepInputs& in, const SampleOutputs& out) {
 
 const StepResult& ModelRunner::collect() {
   const auto rows = static_cast<size_t>(batch_.inputs().num_logits);
-  const auto top = static_cast<size_t>(config_.max_logprobs);
+  // The lists of likely tokens stay on the device unless somebody asked for them.
+  const auto top = static_cast<size_t>(batch_.wants_top() ? config_.max_logprobs : 0);
   const SampleOutputs device =
       sample_views(sample_data_.data(), sample_capacity_, config_.max_logprobs);
   const auto fetch = [&](const auto* from, auto& to, size_t count) {
@@ -153,11 +156,7 @@ std::vector<float> ModelRunner::logits(const std::vector<int32_t>& tokens,
     StepPlan plan;
     const int chunk = std::min(config_.max_num_batched_tokens, seq.num_pending());
     plan.items.push_back({&seq, chunk, seq.num_computed + chunk == total ? 1 : 0, 0, false});
-    batch_.build(plan);
-    if (step_data_.bytes() < batch_.bytes()) step_data_ = backend_->alloc(2 * batch_.bytes());
-    backend_->upload(batch_.data(), step_data_.data(), batch_.bytes());
-    const StepInputs in = batch_.inputs_at(step_data_.data());
-    backend_->run_step(0, [&] { decoder_->forward(in); });
+    const StepInputs in = forward(plan);
     for (int first = 0; first < in.num_logits; first += max_logits_) {
       const int count = std::min(max_logits_, in.num_logits - first);
       const Tensor rows = decoder_->logits(in, first, count);

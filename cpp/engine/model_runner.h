@@ -35,8 +35,8 @@ struct StepResult {
   std::vector<int32_t> token_ids;
   std::vector<float> logprobs;
   std::vector<int32_t> ranks;
-  std::vector<int32_t> top_ids;     // [L, max_logprobs]
-  std::vector<float> top_logprobs;  // [L, max_logprobs]
+  std::vector<int32_t> top_ids;     // [L, max_logprobs]; empty if no row wants any
+  std::vector<float> top_logprobs;  // likewise
   std::vector<int32_t> samples;     // [plan.num_samples] the plan's samples
 };
 
@@ -64,6 +64,8 @@ class ModelRunner {
   const StepBatch& batch() const { return batch_; }
 
  private:
+  // Uploads the plan's rows and computes them up to the final norm.
+  StepInputs forward(const StepPlan& plan);
   void sample_rows(const StepInputs& in, const SampleOutputs& out);
 
   const ModelConfig model_;

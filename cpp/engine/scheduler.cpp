@@ -11,7 +11,8 @@ namespace ni {
 
 namespace {
 
-bool contains(const std::vector<int32_t>& list, int32_t value) {
+template <typename T>
+bool contains(const std::vector<T>& list, const T& value) {
   return std::find(list.begin(), list.end(), value) != list.end();
 }
 
@@ -48,6 +49,16 @@ void check_sampling_params(const SamplingParams& p, const SchedulerConfig& c) {
             p.prompt_logprobs);
   check_tokens("stop_token_ids", p.stop_token_ids, c.vocab_size);
   check_tokens("allowed_token_ids", p.allowed_token_ids, c.vocab_size);
+  const auto may_come = [&](int32_t token) {  // as the first token
+    const bool stops =
+        contains(p.stop_token_ids, token) || (!p.ignore_eos && contains(c.eos_token_ids, token));
+    return (p.min_tokens == 0 || !stops) && !contains(p.bad_words, std::vector<int32_t>{token});
+  };
+  check_arg(
+      p.allowed_token_ids.empty() ||
+          std::any_of(p.allowed_token_ids.begin(), p.allowed_token_ids.end(), may_come),
+      "allowed_token_ids leaves no token: bad_words, or min_tokens with stop tokens, ban all of "
+      "them");
   for (size_t i = 0; i < p.bad_words.size(); ++i) {
     check_arg(!p.bad_words[i].empty(), "bad_words[", i, "] must not be empty");
     check_tokens(concat("bad_words[", i, "]").c_str(), p.bad_words[i], c.vocab_size);
@@ -272,7 +283,7 @@ void Scheduler::admit_waiting() {
   if (config_.static_batching && !running_.empty()) return;
   while (!waiting_.empty()) {
     Sequence& seq = **waiting_.begin();
-    if (&seq == blocked_ || seats_ + seats_of(seq) > config_.max_num_seqs) return;
+    if (is_blocked(seq) || seats_ + seats_of(seq) > config_.max_num_seqs) return;
     // A static batch takes its seats at once, even if its prompts need several steps.
     if (!config_.static_batching && rows_left() == 0) return;
     if (!take_blocks(seq)) return;
@@ -299,7 +310,8 @@ bool Scheduler::take_blocks(Sequence& seq) {
   seq.tokens.reserve(static_cast<size_t>(max_len));  // steps shall not allocate memory
   seq.block_table.reserve(static_cast<size_t>(blocks_.blocks_for(max_len)));
   // Prompt log-probabilities need the rows of the whole prompt, once.
-  if (seq.request->params.prompt_logprobs < 0 || seq.num_output() > 0) blocks_.take_prefix(seq);
+  const bool reuses = seq.request->params.prompt_logprobs < 0 || seq.num_output() > 0;
+  if (reuses) blocks_.take_prefix(seq);
   const bool fits =
       first_blocks(seq) - static_cast<int>(seq.block_table.size()) <= blocks_.num_available();
   const bool whole = may_be_cut(seq) || config_.static_batching || seq.num_pending() <= rows_left();
@@ -308,8 +320,11 @@ bool Scheduler::take_blocks(Sequence& seq) {
     check_invariant(grown, "an admitted sequence lacks the blocks that were counted for it");
     return true;
   }
-  blocks_.free(seq);
-  if (!fits) blocked_ = &seq;
+  if (reuses) blocks_.return_prefix(seq);
+  if (!fits) {
+    blocked_ = &seq;
+    blocked_version_ = blocks_.version();
+  }
   return false;
 }
 

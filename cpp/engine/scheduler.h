@@ -196,6 +196,9 @@ class Scheduler {
 
   int seats_of(const Sequence& seq) const { return seq.forks ? seq.request->params.n : 1; }
   int rows_left() const { return config_.max_num_batched_tokens - plan_.num_tokens; }
+  bool is_blocked(const Sequence& seq) const {
+    return &seq == blocked_ && blocked_version_ == blocks_.version();
+  }
   int max_tokens_that_fit(int num_prompt, int n) const;
   int first_blocks(const Sequence& seq) const;
 
@@ -205,10 +208,12 @@ class Scheduler {
   std::vector<Sequence*> running_;                // in policy order
   std::set<Sequence*, RunsBefore> waiting_;       // new and preempted ones
   std::vector<std::unique_ptr<Sequence>> ended_;  // of this step, kept for whoever reads the plan
-  const Sequence* blocked_ = nullptr;  // first of the waiting, for which blocks were lacking; no
-                                       // need to ask again before a sequence has given some back
-  int seats_ = 0;                      // taken by running_
-  int num_admitted_ = 0;               // requests
+  // First of the waiting, for which blocks were lacking: no need to ask again before the block
+  // manager's version has changed.
+  const Sequence* blocked_ = nullptr;
+  uint64_t blocked_version_ = 0;
+  int seats_ = 0;         // taken by running_
+  int num_admitted_ = 0;  // requests
   uint64_t next_arrival_ = 0;
   uint64_t preemptions_ = 0;
   bool in_flight_ = false;

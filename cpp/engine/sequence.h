@@ -32,7 +32,8 @@ struct Sequence {
   int max_tokens = 0;         // output limit after clamping
   int num_prompt_scored = 0;  // prompt tokens whose log-probabilities were delivered
   int preemptions = 0;
-  bool forks = false;         // leader of n > 1 choices, before its prompt is computed
+  int traced_run = -1;  // value of `preemptions` when the trace last took its whole block table
+  bool forks = false;   // leader of n > 1 choices, before its prompt is computed
 
   // Guesses for the next tokens (speculation). The step verifies them: it computes their rows too,
   // keeps the longest prefix that equals what is sampled and drops the other slots again. Because a
@@ -41,9 +42,9 @@ struct Sequence {
 
   // Owned by the BlockManager.
   std::vector<int32_t> block_table;
-  int num_committed_blocks = 0;   // leading blocks whose contents the prefix cache knows
-  uint64_t committed_id = 0;      // identity of the last of them (0: none)
-  uint64_t committed_hash = 0;    // its chained hash
+  int num_committed_blocks = 0;  // leading blocks whose contents the prefix cache knows
+  uint64_t committed_id = 0;     // identity of the last of them (0: none)
+  uint64_t committed_hash = 0;   // its chained hash
 
   int num_tokens() const { return static_cast<int>(tokens.size()); }
   int num_output() const { return num_tokens() - num_prompt; }

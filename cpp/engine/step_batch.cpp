@@ -74,6 +74,8 @@ void StepBatch::build(const StepPlan& plan) {
   inputs_.num_seqs = static_cast<int32_t>(plan.items.size());
   inputs_.num_logits = static_cast<int32_t>(sampling_.size());
   inputs_.num_copies = static_cast<int32_t>(copies_.size());
+  wants_top_ = std::any_of(sampling_.begin(), sampling_.end(),
+                           [](const SamplingRow& row) { return row.num_logprobs > 0; });
   pack();
 }
 
@@ -180,6 +182,9 @@ void StepBatch::add_counts(SamplingRow& row, const Sequence& seq, int num_drafts
       row.frequency_penalty == 0.0f)
     return;
   row.counts_begin = static_cast<int32_t>(counts_.size());
+  // Nothing may throw below: count_index_ must be all zero again at the end.
+  const size_t most = counts_.size() + static_cast<size_t>(seq.num_tokens() + num_drafts);
+  if (counts_.capacity() < most) counts_.reserve(2 * most);
   for (int i = 0; i < seq.num_tokens() + num_drafts; ++i) {
     const int32_t token = token_at(seq, i);
     int32_t& index = count_index_[static_cast<size_t>(token)];

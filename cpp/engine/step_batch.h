@@ -34,6 +34,8 @@ class StepBatch {
   size_t capacity() const { return block_.size(); }
 
   const std::vector<LogitsRow>& rows() const { return rows_; }
+  // Some row wants the most likely tokens' log-probabilities.
+  bool wants_top() const { return wants_top_; }
   // Logits row of each of the plan's samples.
   const std::vector<int32_t>& sample_rows() const { return sample_rows_; }
 
@@ -63,6 +65,7 @@ class StepBatch {
   std::vector<int32_t> count_index_;  // [vocab] scratch of add_counts: 1 + index in counts_, or 0
 
   StepInputs inputs_;
+  bool wants_top_ = false;
   std::vector<char> block_;
   size_t bytes_ = 0;
 };

@@ -12,11 +12,16 @@ void Trace::push() {
 }
 
 std::vector<StepRecord> Trace::read(uint64_t since) const {
-  const std::lock_guard lock(mutex_);
   std::vector<StepRecord> out;
-  for (size_t i = 0; i < size_; ++i) {
-    const StepRecord& record = ring_[(next_ + ring_.size() - size_ + i) % ring_.size()];
-    if (record.step >= since) out.push_back(record);
+  while (out.size() < ring_.size()) {  // records may come as fast as they are read
+    const std::lock_guard lock(mutex_);
+    if (size_ == 0) return out;
+    const size_t oldest = (next_ + ring_.size() - size_) % ring_.size();
+    const uint64_t first = ring_[oldest].step;  // steps are consecutive
+    const uint64_t skip = since > first ? since - first : 0;
+    if (skip >= size_) return out;
+    out.push_back(ring_[(oldest + skip) % ring_.size()]);
+    since = out.back().step + 1;
   }
   return out;
 }

@@ -1,10 +1,11 @@
 // The step trace: what every step did and why, in a ring of bounded size. The engine thread writes,
-// anybody reads. Records of a run can be replayed: with `blocks` of each entry the block tables at
-// any step follow.
+// anybody reads. Records of a run can be replayed: the block tables at any step follow from the
+// blocks of the entries until then.
 #pragma once
 
 #include <cstdint>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "engine/scheduler.h"
@@ -19,9 +20,10 @@ struct StepRecord {
     int context_len = 0;  // tokens in the cache after it
     int num_samples = 0;
     bool is_decode = false;
-    int first_block = 0;  // index in its block table of blocks[0]
-    std::vector<int32_t>
-        blocks;  // all when it was admitted, resumed or forked; else those written to
+    // Blocks [first_block, …) of its table: all when it was admitted, resumed or forked, else from
+    // the first that this step writes to. They are blocks[blocks_begin, blocks_end) of the record.
+    int first_block = 0;
+    int blocks_begin = 0, blocks_end = 0;
   };
   struct Finished {
     uint64_t request_id = 0;
@@ -35,9 +37,14 @@ struct StepRecord {
   int num_running = 0, num_waiting = 0;  // sequences, after the step
   int blocks_free = 0, blocks_cached = 0, blocks_used = 0;
   std::vector<Entry> entries;
+  std::vector<int32_t> blocks;  // of all entries
   std::vector<StepPlan::Event> admitted, resumed, preempted;
   std::vector<BlockCopy> copies;
   std::vector<Finished> finished;  // by this step, or aborted since the record before
+
+  std::span<const int32_t> blocks_of(const Entry& e) const {
+    return {blocks.data() + e.blocks_begin, static_cast<size_t>(e.blocks_end - e.blocks_begin)};
+  }
 };
 
 class Trace {
@@ -48,7 +55,8 @@ class Trace {
   // The record that the next push() stores; its vectors keep their capacity.
   StepRecord& scratch() { return scratch_; }
   void push();
-  // Records with step >= since, oldest first.
+  // Records with step >= since, oldest first. Holds the lock for one record at a time, so that the
+  // engine never waits for a reader.
   std::vector<StepRecord> read(uint64_t since) const;
 
  private:

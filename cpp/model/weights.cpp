@@ -1,5 +1,7 @@
 #include "model/weights.h"
 
+#include <cstring>
+
 #include "core/check.h"
 
 namespace ni {
@@ -9,6 +11,14 @@ constexpr size_t kAlign = 64;
 
 size_t aligned(size_t bytes) {
   return (bytes + kAlign - 1) / kAlign * kAlign;
+}
+
+// Memory-mapped files give no alignment.
+template <typename T>
+T element(const Tensor& t, int64_t index) {
+  T v;
+  std::memcpy(&v, t.as<char>() + index * static_cast<int64_t>(sizeof(T)), sizeof(T));
+  return v;
 }
 
 std::string shape_string(const std::vector<int64_t>& shape) {
@@ -121,9 +131,9 @@ void Weights::load(Backend& backend, const std::string& name, const Tensor& data
     std::vector<float> values(static_cast<size_t>(slot.shape[0]));
     for (size_t i = 0; i < values.size(); ++i) {
       const auto at = static_cast<int64_t>(i) * data.row_stride;
-      values[i] = data.dtype == DType::bf16  ? to_float(data.as<bf16>()[at])
-                  : data.dtype == DType::f16 ? to_float(data.as<f16>()[at])
-                                             : data.as<float>()[at];
+      values[i] = data.dtype == DType::bf16  ? to_float(element<bf16>(data, at))
+                  : data.dtype == DType::f16 ? to_float(element<f16>(data, at))
+                                             : element<float>(data, at);
     }
     backend.upload(values.data(), *slot.vector + slot.first_row, values.size() * sizeof(float));
   }

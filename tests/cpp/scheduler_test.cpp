@@ -448,6 +448,28 @@ TEST(Scheduler, PrefixIsReusedAndCounted) {
   h.expect_idle();
 }
 
+TEST(Scheduler, HitsOfARequestThatWaitsAreCountedOnce) {
+  Options o;
+  o.num_blocks = 10;  // 40 slots
+  Harness h(o);
+  Tokens prompt(9);
+  for (int i = 0; i < 9; ++i) prompt[static_cast<size_t>(i)] = i;
+  h.add(h.request(prompt, 1));
+  h.run();
+  const uint64_t before = h.blocks.stats().prefix_queries;
+  h.add(20, 8);  // takes 5 blocks, then 7
+  prompt.resize(30, 40);
+  const uint64_t waits = h.add(h.request(prompt, 4));
+  int steps = 0;
+  for (; h.scheduler.find(waits, 0)->status == SequenceStatus::waiting; ++steps)
+    ASSERT_TRUE(h.step());
+  EXPECT_GT(steps, 3);
+  EXPECT_EQ(h.blocks.stats().prefix_hits, 8u);
+  EXPECT_EQ(h.blocks.stats().prefix_queries - before, 50u);
+  h.run();
+  h.expect_all_as_alone();
+}
+
 TEST(Scheduler, WholePrompts) {
   Options o;
   o.config.enable_chunked_prefill = false;
@@ -927,6 +949,16 @@ TEST(Scheduler, ValidateNamesTheCulprit) {
     EXPECT_EQ(message_of([&] { h.scheduler.validate(*r); }), message);
     EXPECT_EQ(message_of([&] { h.scheduler.add(r); }), message);
   }
+  // What is allowed may not be banned altogether.
+  auto banned = h.request(4, 5);
+  banned->params.allowed_token_ids = {3, kEos};
+  banned->params.bad_words = {{3}};
+  banned->params.stop_token_ids = {kEos};
+  EXPECT_EQ(message_of([&] { h.scheduler.validate(*banned); }), "(no error)");
+  banned->params.min_tokens = 1;
+  EXPECT_TRUE(message_of([&] { h.scheduler.validate(*banned); }).starts_with("allowed_token_ids"));
+  banned->params.allowed_token_ids.push_back(4);
+  EXPECT_EQ(message_of([&] { h.scheduler.validate(*banned); }), "(no error)");
   EXPECT_FALSE(h.scheduler.has_work());
   // The ends of the allowed ranges.
   auto r = h.request(4, 5);

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <stdexcept>
 #include <string>
 #include <utility>

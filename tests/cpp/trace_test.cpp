@@ -138,7 +138,8 @@ class Replay {
       std::vector<int32_t>& table = tables_[{e.request_id, e.choice}];
       ASSERT_LE(static_cast<size_t>(e.first_block), table.size()) << "a gap in the table";
       table.resize(static_cast<size_t>(e.first_block));
-      table.insert(table.end(), e.blocks.begin(), e.blocks.end());
+      const auto blocks = r.blocks_of(e);
+      table.insert(table.end(), blocks.begin(), blocks.end());
     }
     for (const auto& f : r.finished) tables_.erase({f.request_id, f.choice});
   }
