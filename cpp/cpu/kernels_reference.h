@@ -104,7 +104,7 @@ void activation(const float* x, const float* up, int64_t n, Activation act, floa
         y = 0.5 * v * erfc(-v * 0.70710678118654752);
         break;
       case Activation::relu:
-        y = v > 0 ? v : 0;
+        y = v < 0 ? 0 : v;
         break;
     }
     out[i] = static_cast<float>(up != nullptr ? y * up[i] : y);

@@ -124,7 +124,10 @@ class LoadedEngine:
         self._check_priority(priority)
         text, ids, salt = self._read_prompt(prompt, add_special_tokens)
         core_params = params.to_core(
-            self.tokenizer, self.loaded.model_config.vocab_size, self._seeds.getrandbits(64)
+            self.tokenizer,
+            self.loaded.model_config.vocab_size,
+            self._seeds.getrandbits(64),
+            max_logprobs=self.args.max_logprobs,
         )
         self.core.validate(ids, core_params)
         core_id = next(self._ids)

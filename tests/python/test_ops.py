@@ -500,6 +500,20 @@ def test_rope_kv_write_rows_are_independent(isa: str, dtype: str) -> None:
 
 
 @each_isa
+def test_a_half_precision_cache_saturates(isa: str) -> None:
+    """An infinity would turn the rows of other tokens of its tile into NaN: 0 * inf."""
+    ops = ops_for(isa)
+    values = np.array([1e6, -1e6, np.inf, 65519.0, 65504.0, 1.0], np.float32)
+    x = np.concatenate([np.zeros(6, np.float32), values, -values])[None].copy()
+    cache = ops.cache(1, 16, 1, 6, "float16")
+    ops.rope_kv_write(x, np.zeros(1, np.int32), np.array([3], np.int64), cache)
+    want = np.array([65504, -65504, 65504, 65504, 65504, 1], np.float32)
+    keys, vals = cache.read()
+    np.testing.assert_array_equal(keys[0, 3], want)
+    np.testing.assert_array_equal(vals[0, 3], -want)
+
+
+@each_isa
 @each_dtype
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32])
 def test_copy_blocks(isa: str, dtype: str, block_size: int) -> None:
