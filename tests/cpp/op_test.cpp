@@ -1,5 +1,6 @@
 // Every operator but attention and the sampler, on every instruction set of this machine, against
 // loops in double precision.
+#include <algorithm>
 #include <cstdlib>
 
 #include "reference.h"
@@ -157,7 +158,12 @@ TEST_P(OpTest, ConversionsMatchTheScalarOnes) {
     std::vector<float> back(v.size(), NAN);
     kernels.store_floats(v.data(), n, dtype, bytes.data());
     kernels.load_floats(bytes.data(), dtype, n, back.data());
-    for (size_t i = 0; i < v.size(); ++i) EXPECT_EQ(back[i], rounded(v[i], dtype)) << v[i];
+    for (size_t i = 0; i < v.size(); ++i) {
+      float expected = rounded(v[i], dtype);
+      if (dtype == DType::f16)  // stores saturate: an infinity in the cache would spread
+        expected = std::clamp(expected, -65504.0f, 65504.0f);
+      EXPECT_EQ(back[i], expected) << v[i];
+    }
   }
 }
 
