@@ -11,17 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from . import _core
-from .engine import LoadedEngine, Messages, Prompt
+from .engine import EngineAccess, LoadedEngine, Messages, Prompt
 from .engine_args import EngineArgs
 from .outputs import RequestOutput
 from .request import RequestState
 from .sampling_params import SamplingParams
-from .tokenizer import Tokenizer
 
 DEFAULT_MAX_WAITING = 1024
 
 
-class AsyncLLM:
+class AsyncLLM(EngineAccess):
     """A model that serves many requests at once from one event loop.
 
     AsyncLLM(model, ...): the options are LLM's; the waiting queue is bounded (max_waiting, 1024
@@ -123,23 +122,6 @@ class AsyncLLM:
                 self._engine.core.abort(state.core_id)
 
     # -- The rest -------------------------------------------------------------------------------
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """vLLM's defaults, overridden by the model's generation_config.json."""
-        return self._engine.default_sampling_params()
-
-    def get_tokenizer(self) -> Tokenizer:
-        return self._engine.need_tokenizer("get_tokenizer()")
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """The engine's counters."""
-        return self._engine.core.stats()
-
-    @property
-    def engine(self) -> LoadedEngine:
-        """What is underneath: the native engine (.core), the model's config, the memory plan."""
-        return self._engine
 
     @property
     def is_healthy(self) -> bool:

@@ -275,6 +275,29 @@ class LoadedEngine:
         )
 
 
+class EngineAccess:
+    """What LLM and AsyncLLM tell of their engine."""
+
+    _engine: LoadedEngine
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """vLLM's defaults, overridden by the model's generation_config.json."""
+        return self._engine.default_sampling_params()
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self._engine.need_tokenizer("get_tokenizer()")
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters."""
+        return self._engine.core.stats()
+
+    @property
+    def engine(self) -> LoadedEngine:
+        """What is underneath: the native engine (.core), the model's config, the memory plan."""
+        return self._engine
+
+
 class PreparedRequest:
     """A checked request that is not yet running."""
 

@@ -7,18 +7,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .engine import LoadedEngine, Messages, PreparedRequest, Prompt
+from .engine import EngineAccess, LoadedEngine, Messages, PreparedRequest, Prompt
 from .engine_args import EngineArgs
 from .outputs import RequestOutput
 from .request import RequestState
 from .sampling_params import SamplingParams
-from .tokenizer import Tokenizer
 from .validation import refuse
 
 _WAIT_SECONDS = 0.1  # how long Ctrl-C may have to wait
 
 
-class LLM:
+class LLM(EngineAccess):
     """A model that generates, as in vLLM.
 
     LLM(model, *, dtype="auto", max_model_len=None, ...): the options are EngineArgs' fields. The
@@ -125,23 +124,6 @@ class LLM:
         return self._stream(request, delta)
 
     # -- The rest -------------------------------------------------------------------------------
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """vLLM's defaults, overridden by the model's generation_config.json."""
-        return self._engine.default_sampling_params()
-
-    def get_tokenizer(self) -> Tokenizer:
-        return self._engine.need_tokenizer("get_tokenizer()")
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """The engine's counters."""
-        return self._engine.core.stats()
-
-    @property
-    def engine(self) -> LoadedEngine:
-        """What is underneath: the native engine (.core), the model's config, the memory plan."""
-        return self._engine
 
     def close(self) -> None:
         """Stops the engine; requests in flight end with finish_reason "abort"."""
