@@ -8,16 +8,21 @@ import contextlib
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import _core
-from .engine import EngineAccess, LoadedEngine, Messages, Prompt
+from .engine import EngineAccess, LoadedEngine, Messages, PreparedRequest, Prompt
 from .engine_args import EngineArgs
 from .outputs import RequestOutput
 from .request import RequestState
 from .sampling_params import SamplingParams
 
 DEFAULT_MAX_WAITING = 1024
+
+
+class _Reader(NamedTuple):
+    wake: asyncio.Event
+    final_only: bool
 
 
 class AsyncLLM(EngineAccess):
@@ -44,7 +49,7 @@ class AsyncLLM(EngineAccess):
             args = replace(args, max_waiting=DEFAULT_MAX_WAITING)
         self._engine = LoadedEngine(args)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._streams: dict[int, asyncio.Event] = {}  # by the engine's number of the request
+        self._streams: dict[int, _Reader] = {}  # by the engine's number of the request
         self._by_name: dict[str, RequestState] = {}
         self._pump = threading.Thread(target=self._run_pump, name="nano-inference", daemon=True)
         self._pump.start()
@@ -66,9 +71,6 @@ class AsyncLLM(EngineAccess):
         everything so far or, with delta, only what is new. A slow reader gets several steps in one.
         ValueError and QueueFullError are raised here; RuntimeError by the iterator, if the engine
         fails. Cancelling the reader, closing or dropping the iterator aborts the request."""
-        self._bind_loop()
-        if request_id is not None and request_id in self._by_name:
-            raise ValueError(f"request_id {request_id!r} is already in use")
         prepared = self._engine.prepare(
             prompt,
             sampling_params,
@@ -76,10 +78,26 @@ class AsyncLLM(EngineAccess):
             priority=priority,
             add_special_tokens=add_special_tokens,
         )
-        event = asyncio.Event()
+        return self.submit(prepared, delta=delta)
+
+    def submit(
+        self,
+        prepared: PreparedRequest,
+        *,
+        delta: bool = False,
+        final_only: bool = False,
+        wake: asyncio.Event | None = None,
+    ) -> RequestStream:
+        """Submits what engine.prepare() made. For readers of several requests: `wake`, which they
+        may share, is set when there is something to poll(), with final_only once all is there."""
+        self._bind_loop()
+        name = prepared.state.request_id
+        if name in self._by_name:
+            raise ValueError(f"request_id {name!r} is already in use")
         state = self._engine.submit(prepared)
-        self._streams[state.core_id] = event
-        self._by_name[state.request_id] = state
+        event = asyncio.Event() if wake is None else wake
+        self._streams[state.core_id] = _Reader(event, final_only)
+        self._by_name[name] = state
         return RequestStream(self, state, event, delta)
 
     def chat(
@@ -160,8 +178,9 @@ class AsyncLLM(EngineAccess):
     def _dispatch(self, outputs: list[_core.Output]) -> None:
         """On the event loop, once a step."""
         for state in self._engine.apply(outputs):
-            if (event := self._streams.get(state.core_id)) is not None:
-                event.set()
+            reader = self._streams.get(state.core_id)
+            if reader is not None and (state.finished or not reader.final_only):
+                reader.wake.set()
             if state.finished:
                 self._forget(state)
         if not outputs:
@@ -171,7 +190,7 @@ class AsyncLLM(EngineAccess):
         """The engine is gone; whoever still waits must not wait for ever."""
         for state in list(self._engine.requests.values()):
             state.fail("it has stopped")
-            self._streams[state.core_id].set()
+            self._streams[state.core_id].wake.set()
             self._release(state)
 
     def _forget(self, state: RequestState) -> None:
@@ -210,6 +229,23 @@ class RequestStream:
         except BaseException:  # the reader was cancelled
             self._close()
             raise
+        return self._take()
+
+    def poll(self) -> RequestOutput | None:
+        """What is new, without waiting; None if nothing is. RuntimeError if the engine failed."""
+        return self._take() if self._state.changed and not self._over else None
+
+    @property
+    def finished(self) -> bool:
+        """The request is over; its last output may still be there to take."""
+        return self._over or self._state.finished
+
+    @property
+    def backlog(self) -> int:
+        """Characters of text that wait to be taken, with delta."""
+        return sum(choice.backlog for choice in self._state.choices)
+
+    def _take(self) -> RequestOutput:
         self._over = self._state.finished
         if self._state.error is not None:
             raise RuntimeError(f"the engine failed: {self._state.error}")
@@ -217,6 +253,10 @@ class RequestStream:
 
     async def aclose(self) -> None:
         """Aborts the request if it still runs."""
+        self._close()
+
+    def close(self) -> None:
+        """The same, at once."""
         self._close()
 
     def _close(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -28,10 +29,7 @@ class _GenerationTag(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-@lru_cache(maxsize=32)
-def _compile(template: str) -> tuple[jinja2.Template, bool]:
-    """The template, and whether it iterates over the parts of a message's content."""
-
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
@@ -57,7 +55,16 @@ def _compile(template: str) -> tuple[jinja2.Template, bool]:
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     env.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    return env.from_string(template), _iterates_content(env.parse(template))
+    return env
+
+
+_ENV = _environment()
+
+
+@lru_cache(maxsize=32)
+def _compile(template: str) -> tuple[jinja2.Template, bool]:
+    """The template, and whether it iterates over the parts of a message's content."""
+    return _ENV.from_string(template), _iterates_content(_ENV.parse(template))
 
 
 def _iterates_content(tree: jinja2.nodes.Template) -> bool:
@@ -69,6 +76,21 @@ def _iterates_content(tree: jinja2.nodes.Template) -> bool:
             if isinstance(assign.target, jinja2.nodes.Name) and _is_content(assign.node, names):
                 names.add(assign.target.name)
     return any(_is_content(loop.iter, names) for loop in tree.find_all(jinja2.nodes.For))
+
+
+@lru_cache(maxsize=32)
+def variables(template: str) -> frozenset[str]:
+    """The variables that the template reads, beside those that it sets itself."""
+    return frozenset(jinja2.meta.find_undeclared_variables(_ENV.parse(template)))
+
+
+@lru_cache(maxsize=32)
+def mentions(template: str, word: str) -> bool:
+    """Whether the template reads an attribute of this name, or has it as a string."""
+    tree = _ENV.parse(template)
+    return any(node.attr == word for node in tree.find_all(jinja2.nodes.Getattr)) or any(
+        node.value == word for node in tree.find_all(jinja2.nodes.Const)
+    )
 
 
 def _is_content(node: jinja2.nodes.Node | None, names: set[str]) -> bool:

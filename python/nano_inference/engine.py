@@ -123,6 +123,8 @@ class LoadedEngine:
             refuse("sampling_params", params, "a SamplingParams, or None")
         self._check_priority(priority)
         text, ids, salt = self._read_prompt(prompt, add_special_tokens)
+        if params.truncate_prompt_tokens is not None:
+            text, ids = self._truncate(text, ids, params)
         core_params = params.to_core(
             self.tokenizer,
             self.loaded.model_config.vocab_size,
@@ -249,6 +251,15 @@ class LoadedEngine:
             tokenizer = self.need_tokenizer("a text prompt")
             ids = tokenizer.encode(str(text), add_special_tokens)
         return text, _token_ids(ids), salt
+
+    def _truncate(
+        self, text: str | None, ids: list[int], params: SamplingParams
+    ) -> tuple[str | None, list[int]]:
+        """The end of the prompt; the text is None if something was cut."""
+        keep = params.truncate_prompt_tokens or 0
+        if keep == -1:
+            keep = max(1, self.loaded.max_model_len - (params.max_tokens or 1))
+        return (text, ids) if len(ids) <= keep else (None, ids[-keep:])
 
     def _check_priority(self, priority: int) -> None:
         check_int("priority", priority, -(2**31), 2**31 - 1)

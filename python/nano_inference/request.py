@@ -89,6 +89,11 @@ class Choice:
             return None
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
+    @property
+    def backlog(self) -> int:
+        """Characters that take_delta() would give."""
+        return len(self.output.text) + sum(map(len, self._pieces)) - self._sent_text
+
     def _join(self) -> CompletionOutput:
         if self._pieces:
             self.output.text += "".join(self._pieces)

@@ -28,7 +28,6 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logits_processors": ((None,), "sampling runs in the native engine; see logit_bias"),
     "structured_outputs": ((None,), "output is not constrained to a grammar"),
     "guided_decoding": ((None,), "output is not constrained to a grammar"),
-    "truncate_prompt_tokens": ((None,), "a prompt is never cut"),
     "best_of": ((None,), "all n choices are returned"),
     "extra_args": ((None,), "there is nothing that takes them"),
 }
@@ -88,6 +87,8 @@ class SamplingParams(metaclass=NamedFields):
     """Only these tokens may be chosen."""
     include_stop_str_in_output: bool = False
     """Keep the stop string (or the stop token's text) at the end of `text`."""
+    truncate_prompt_tokens: int | None = None
+    """Keep only the last n tokens of the prompt; -1: as many as leave room for max_tokens."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -123,6 +124,10 @@ class SamplingParams(metaclass=NamedFields):
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, -1, also=" (-1: all tokens), or None")
+        if (cut := self.truncate_prompt_tokens) is not None:
+            check_int("truncate_prompt_tokens", cut, -1, also=" (-1: what fits), or None")
+            if cut == 0:
+                refuse("truncate_prompt_tokens", cut, "at least 1, or -1 for what fits, or None")
 
     def _validate_lists(self) -> None:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop

@@ -111,7 +111,7 @@ class Tokenizer:
         check_bool("add_generation_prompt", add_generation_prompt)
         check_bool("continue_final_message", continue_final_message)
         if chat_template is None:
-            chat_template = self._choose_template(tools)
+            chat_template = self.choose_template(tools)
         check_text("chat_template", chat_template)
         text = chat.render(
             chat_template,
@@ -152,7 +152,8 @@ class Tokenizer:
         text = self.decode([token], skip_special_tokens=False)
         return self.token_bytes(token) if "\ufffd" in text else text.encode()
 
-    def _choose_template(self, tools: list[dict[str, Any]] | None) -> str:
+    def choose_template(self, tools: list[dict[str, Any]] | None) -> str:
+        """The template that apply_chat_template() takes. ValueError if there is none."""
         if not self._chat_templates:
             raise ValueError(
                 "the model has no chat template (pass chat_template=, or use generate)"

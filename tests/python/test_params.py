@@ -195,7 +195,21 @@ SAMPLING: dict[str, Row] = {
         lambda a, b: a.outputs[0].text == "" and b.outputs[0].text == "aaa",
         NOT_A_BOOL,
     ),
+    "truncate_prompt_tokens": Row(
+        greedy(),
+        greedy(truncate_prompt_tokens=4),
+        lambda a, b: b.prompt_token_ids == a.prompt_token_ids[-4:] == list(b"mple"),
+        [0, -2, *NOT_AN_INT],
+    ),
 }  # fmt: skip
+
+
+def test_truncation_to_what_fits(llm: LLM) -> None:
+    params = SamplingParams(**greedy(truncate_prompt_tokens=-1))
+    (cut,) = llm.generate("x" * 5000, params)
+    assert len(cut.prompt_token_ids) + len(tokens(cut)) == 2048 and cut.prompt is None
+    (whole,) = llm.generate(PROMPT, params)
+    assert whole.prompt == PROMPT and len(whole.prompt_token_ids) == 1 + len(PROMPT)
 
 
 def test_the_table_has_every_sampling_field() -> None:
