@@ -1,4 +1,4 @@
-"""The command nano-inference: generate, chat, info, version.
+"""The command nano-inference: generate, chat, serve, bench, info, version.
 
 Errors are one line on stderr. Exit codes: 0 done, 1 failed while running, 2 wrong usage or bad
 input, 130 stopped by Ctrl-C.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
-from decimal import Decimal
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
+
+from .default_model import DEFAULT_MODEL_NOTICE, default_model
+from .sizes import parse_size
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -51,6 +53,20 @@ class Commands(click.Group):
             fail(describe(error), 2 if isinstance(error, ValueError) else 1)
 
 
+class LazyCommand(click.Command):
+    """A command, or a group of them, whose module is loaded when it is called."""
+
+    def __init__(self, name: str, module: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help)
+        self._module = module
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+    ) -> click.Context:
+        command = getattr(import_module(self._module, __package__), str(self.name))
+        return command.make_context(info_name, args, parent, **extra)
+
+
 def fail(message: str, code: int) -> NoReturn:
     click.echo("error: " + " ".join(message.split()), err=True)
     sys.exit(code)
@@ -81,16 +97,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        text = str(value).strip().lower()
-        match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+) *(?:([kmgt])(i?)b|b)?", text)
-        size = 0
-        if match is not None:
-            number, prefix, binary = match.groups()
-            unit = (1024 if binary else 1000) ** " kmgt".index(prefix or " ")
-            size = int(Decimal(number) * unit)
-        if size <= 0:
-            self.fail(f"{value!r} is no size, as 4000000000, 4GB or 3.5GiB are", param, ctx)
-        return size
+        try:
+            return parse_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 def _set_debug(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -171,6 +181,7 @@ def main() -> None:
     \b
     nano-inference generate "Once upon a time" --model FOLDER
     nano-inference chat --model FOLDER
+    nano-inference serve --model FOLDER
     nano-inference info --model FOLDER
     """
 
@@ -388,6 +399,11 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
+# -- serve, bench ---------------------------------------------------------------------------------
+
+main.add_command(LazyCommand("serve", ".server.cli", "Serve a model over HTTP (OpenAI's API)."))
+main.add_command(LazyCommand("bench", ".bench.cli", "Measure a server, or the engine alone."))
+
 # -- info, version --------------------------------------------------------------------------------
 
 
@@ -459,10 +475,8 @@ def _load(given: dict[str, Any], max_logprobs: int = 0) -> LLM:
 
     chosen = _engine_options(given)
     if "model" not in chosen:
-        from .random_model import cached_random_model
-
-        chosen["model"] = str(cached_random_model())
-        click.echo("no --model given: using a tiny random model; its text means nothing", err=True)
+        chosen["model"] = default_model()
+        click.echo(DEFAULT_MODEL_NOTICE, err=True)
     chosen["use_tqdm_on_load"] = sys.stderr.isatty()
     chosen["max_logprobs"] = max_logprobs
     return LLM(**chosen, seed=None)  # without --seed, another answer each time

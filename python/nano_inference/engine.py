@@ -57,6 +57,7 @@ class LoadedEngine:
         self._add_tokenizers_eos()
         self.plan: MemoryPlan
         config, self.plan = plan_engine(args, self.loaded)
+        then = _log_phase("config and tokenizer", began)
         self.core = _core.Engine(config, self.loaded.model_config)
         loader.load_weights(
             self.core,
@@ -65,8 +66,10 @@ class LoadedEngine:
             check_nan=args.check_weights,
             progress=args.use_tqdm_on_load,
         )
+        then = _log_phase("weights", then)
         self.core.finish_loading()
         self.core.start()
+        _log_phase("cache and warm-up", then)
         self._pid = os.getpid()
         self.requests: dict[int, RequestState] = {}  # in flight, by the engine's number
         self._ids = itertools.count()
@@ -325,6 +328,12 @@ class PreparedRequest:
         self.core_params = core_params
         self.priority = priority
         self.cache_salt = cache_salt
+
+
+def _log_phase(name: str, began: float) -> float:
+    now = time.monotonic()
+    logger.info("%s: %.2f s", name, now - began)
+    return now
 
 
 def _token_ids(ids: Any) -> list[int]:

@@ -65,8 +65,10 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        if self.default is None or self.default == []:
+        if self.default in (None, [], ""):
             return self.unset
+        if isinstance(self.default, list):
+            return ",".join(self.default)
         if self.kind == "bool":
             return "on" if self.default else "off"
         if self.kind == "Size" and self.default % 2**20 == 0:
@@ -561,7 +563,7 @@ def options_table() -> str:
                 choices = f" One of {', '.join(f'`{c}`' for c in o.choices)}." if o.choices else ""
                 doc = f"{o.doc}{choices}".replace("|", "\\|").replace("<think>", "`<think>`")
                 default = o.default_text
-                if o.default is not None and o.default != [] and o.default != "":
+                if o.default not in (None, [], ""):
                     default = f"`{default}`"
                 lines.append(f"| `{o.name}` | {default} | {doc} |")
         lines.append("")

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import json
 import logging
 import re
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
+from .errors import ApiError
 from .logs import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -176,8 +176,9 @@ class ApiKeys:
         text = "give an API key, as 'Authorization: Bearer KEY'"
         if _header(scope, b"authorization"):
             text = "the API key is not valid; it is given as 'Authorization: Bearer KEY'"
-        challenge = [(b"www-authenticate", b"Bearer")]
-        await _refuse(send, 401, text, "authentication_error", "invalid_api_key", challenge)
+        headers = {"WWW-Authenticate": "Bearer"}
+        refusal = ApiError(401, text, code="invalid_api_key", headers=headers)
+        await refusal.response()(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
         scheme, _, key = _header(scope, b"authorization").partition(" ")
@@ -210,7 +211,7 @@ class SizeLimit:
             return
         announced = _header(scope, b"content-length")
         if announced.isdecimal() and int(announced) > self._max_bytes:
-            await self._answer(receive, send)
+            await self._answer(scope, receive, send)
             return
         size, started = 0, False
 
@@ -232,16 +233,17 @@ class SizeLimit:
         except _TooLarge:
             if started:
                 raise
-            await self._answer(receive, send)
+            await self._answer(scope, receive, send)
 
-    async def _answer(self, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Closing while the client still sends would make it see a reset, not the answer: so a
         # little more is read, and thrown away.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._discard(receive), _LINGER_SECONDS)
         text = f"the request is larger than {self._max_bytes} bytes (--max-request-bytes)"
-        close = [(b"connection", b"close")]
-        await _refuse(send, 413, text, "invalid_request_error", "request_too_large", close)
+        headers = {"Connection": "close"}
+        refusal = ApiError(413, text, code="request_too_large", headers=headers)
+        await refusal.response()(scope, receive, send)
 
     async def _discard(self, receive: Receive) -> None:
         left = 4 * self._max_bytes
@@ -280,16 +282,4 @@ class AnswerFailures:
                 raise
             logger.exception("%s %s failed", scope["method"], _printable(scope["path"]))
             text = "the server failed; its log knows more under this request's id"
-            await _refuse(send, 500, text, "internal_error", "internal_error", [])
-
-
-async def _refuse(
-    send: Send, status: int, text: str, kind: str, code: str, headers: list[tuple[bytes, bytes]]
-) -> None:
-    """An error in OpenAI's format."""
-    error = {"message": text, "type": kind, "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
-    length = (b"content-length", str(len(body)).encode())
-    headers = [(b"content-type", b"application/json"), length, *headers]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+            await ApiError(500, text, code="internal_error").response()(scope, receive, send)
