@@ -1,0 +1,202 @@
+"""The OpenAPI document, from the same structs that read requests and write responses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from .. import __version__
+from .errors import ErrorBody
+from .protocol import (
+    FIXED,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    Text,
+    TokenizeRequest,
+    Tokens,
+)
+from .trace import TraceList
+
+if TYPE_CHECKING:
+    from .state import ServerState
+
+_REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_TYPES = (*_REQUESTS, ChatCompletion, Completion, ModelCard, ModelList, Text, Tokens, TraceList)
+
+_ERRORS = {
+    400: "The request is refused; the error names the field",
+    401: "An API key is missing or not valid",
+    404: "There is no such model or route",
+    405: "The route does not take this method",
+    413: "The body is too large",
+    429: "The queue is full; see Retry-After",
+    500: "The engine or the server failed",
+    503: "Loading, draining or unhealthy; see Retry-After",
+    504: "The request took too long",
+}
+_QUICK = (401, 405, 413, 500)
+_READS = (400, 404, 503, *_QUICK)
+_GENERATES = (429, 504, *_READS)
+_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+def openapi_document(state: ServerState, root_path: str = "") -> dict[str, Any]:
+    _, schemas = msgspec.json.schema_components(
+        [*_TYPES, ErrorBody], ref_template="#/components/schemas/{name}"
+    )
+    for kind in _REQUESTS:
+        _add_what_is_known(schemas, kind, state)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "nano-inference",
+            "version": __version__,
+            "description": "An OpenAI-compatible server. Fields that are not listed are refused.",
+        },
+        "paths": _paths(state),
+        "components": {"schemas": schemas},
+    }
+    if root_path:
+        document["servers"] = [{"url": root_path}]
+    if state.args.api_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"key": []}]
+        document["paths"]["/health"]["get"]["security"] = []
+    return document
+
+
+def _add_what_is_known(schemas: dict[str, Any], kind: type, state: ServerState) -> None:
+    """Names of models, limits of the vocabulary, and fields with one possible value."""
+    properties = schemas[kind.__name__]["properties"]
+    properties["model"] = {"enum": [*state.model_names, None], "default": None}
+    for name, (possible, why) in FIXED[kind].items():
+        if name not in properties:
+            properties[name] = {"enum": list(possible), "description": f"Fixed: {why}."}
+    if state.llm is None:
+        return
+    largest = state.llm.engine.loaded.model_config.vocab_size - 1
+    for name in ("stop_token_ids", "allowed_token_ids", "tokens", "prompt"):
+        _limit_tokens(properties.get(name), largest)
+    if "logit_bias" in properties:
+        digits = {"propertyNames": {"pattern": f"^({_up_to(largest)})$"}}
+        for option in properties["logit_bias"]["anyOf"]:
+            if option.get("type") == "object":
+                option.update(digits)
+
+
+def _up_to(largest: int) -> str:
+    """Fewer digits than `largest` has: the keys that surely are token ids."""
+    return rf"0|[1-9][0-9]{{0,{max(0, len(str(largest)) - 2)}}}"
+
+
+def _limit_tokens(schema: Any, largest: int) -> None:
+    if isinstance(schema, list):
+        for part in schema:
+            _limit_tokens(part, largest)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "integer":
+            schema["maximum"] = largest
+        for part in schema.values():
+            _limit_tokens(part, largest)
+
+
+# -- Paths ----------------------------------------------------------------------------------------
+
+
+def _ref(kind: type) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def _operation(
+    name: str,
+    summary: str,
+    content: dict[str, Any],
+    errors: tuple[int, ...],
+    *,
+    body: type | None = None,
+    parameters: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    responses: dict[str, Any] = {"200": {"description": "Success", "content": content}}
+    for status in sorted(errors):
+        responses[str(status)] = {
+            "description": _ERRORS[status],
+            "content": _json(_ref(ErrorBody)),
+        }
+        if status in (429, 503):
+            retry = {"schema": {"type": "integer"}, "description": "Seconds to wait"}
+            responses[str(status)]["headers"] = {"Retry-After": retry}
+    operation: dict[str, Any] = {
+        "operationId": name,
+        "summary": summary,
+        "responses": responses,
+    }
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": _json(_ref(body))}
+    if parameters:
+        operation["parameters"] = parameters
+    return operation
+
+
+def _paths(state: ServerState) -> dict[str, Any]:
+    since = {
+        "name": "since_step",
+        "in": "query",
+        "schema": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+    }
+    name = {
+        "name": "model",
+        "in": "path",
+        "required": True,
+        "schema": {"type": "string", "enum": state.model_names},
+    }
+    words = {"type": "object", "additionalProperties": {"type": "string"}}
+    text = {"schema": {"type": "string"}}
+
+    def get(*args: Any, **more: Any) -> dict[str, Any]:
+        return {"get": _operation(*args, **more)}
+
+    def post(*args: Any, **more: Any) -> dict[str, Any]:
+        return {"post": _operation(*args, **more)}
+
+    def answers(kind: type) -> dict[str, Any]:
+        return {**_json(_ref(kind)), **_EVENTS}
+
+    return {
+        "/v1/models": get("models", "The models that are served", _json(_ref(ModelList)), _QUICK),
+        "/v1/models/{model}": get(
+            "model", "One of them", _json(_ref(ModelCard)), (404, *_QUICK), parameters=[name]
+        ),
+        "/v1/completions": post(
+            "completions", "Continue texts", answers(Completion), _GENERATES, body=CompletionRequest
+        ),
+        "/v1/chat/completions": post(
+            "chat", "Answer a conversation", answers(ChatCompletion), _GENERATES, body=ChatRequest
+        ),
+        "/tokenize": post(
+            "tokenize", "A text's or a chat's tokens", _json(_ref(Tokens)), _READS,
+            body=TokenizeRequest,
+        ),
+        "/detokenize": post(
+            "detokenize", "The text of tokens", _json(_ref(Text)), _READS, body=DetokenizeRequest
+        ),
+        "/v1/engine/trace": get(
+            "trace", "What the last steps did", _json(_ref(TraceList)), _READS, parameters=[since]
+        ),
+        "/v1/engine/trace/stream": get(
+            "trace_stream", "What every step does, live", _EVENTS, _READS, parameters=[since]
+        ),
+        "/health": get("health", "Whether requests should come", _json(words), (405, 500, 503)),
+        "/metrics": get("metrics", "Prometheus metrics", {"text/plain": text}, _QUICK),
+        "/version": get("version", "The server's version", _json(words), _QUICK),
+        "/openapi.json": get("openapi", "This document", _json({"type": "object"}), _QUICK),
+    }  # fmt: skip
