@@ -16,7 +16,8 @@ from random import Random
 from typing import NamedTuple
 
 from training.story_check import check_story
-from training.story_plots import PLOTS, SHARED
+from training.story_more_plots import MORE_PLOTS
+from training.story_plots import FIRST_PLOTS, SHARED
 from training.story_words import (
     BARRIERS,
     BOYS,
@@ -40,7 +41,7 @@ from training.story_words import (
     WORKS,
 )
 
-__all__ = ["Story", "check_story", "story_request", "write_story"]
+__all__ = ["PLOTS", "Story", "check_story", "story_request", "write_story"]
 
 
 @dataclass(slots=True)
@@ -94,6 +95,8 @@ def _parse_plot(text: str) -> tuple[_Stage, ...]:
             stages.append(_parse_stage(block, optional, i == 0))
     return tuple(stages)
 
+
+PLOTS = FIRST_PLOTS | MORE_PLOTS
 
 _STAGES = {name: _parse_plot(text) for name, text in PLOTS.items()}
 _TOPIC_PLOT = {topic: plot for plot in PLOTS for topic in (plot, *MORALS[plot])}
@@ -327,8 +330,9 @@ _BARE = (
     "I would like to hear a story.", "Write a story for children.", "Tell a bedtime story.",
 )  # fmt: skip
 _ASK = (
-    "Tell me a story about {x}.", "Write a short story about {x}.", "Please tell a story about {x}.",
-    "Can you write a story about {x}?", "I want a story about {x}.",
+    "Tell me a story about {x}.", "Write a short story about {x}.",
+    "Please tell a story about {x}.", "Can you write a story about {x}?",
+    "I want a story about {x}.",
     "Make up a story about {x}, please.", "Could you tell me a tale about {x}?",
     "Write a children's story about {x}.", "My child would love a story about {x}.",
     "Story time! Something about {x}, please.", "Do you know a story about {x}?",

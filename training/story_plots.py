@@ -67,7 +67,7 @@ The air [smelled fresh|was full of small sounds|felt soft], and {N} walked past 
     "friend": """
 {His} best friend was {F}, a {ft} {fk}.
 With {N} came {F} the {fk}, as always.
-{F}, a {ft} {fk}, was there too, because the two did everything together.
+{F}, a {ft} {fk}, was [there too|not far away], because the two [did everything together|shared every adventure|never liked to be apart].
 [Soon|Before long] a {ft} {fk} named {F} [came along|arrived], for they had planned to meet.
 {N} had a good friend, a {ft} {fk} named {F}.
 Nobody made {N} laugh as much as {F}, a {fk} from [next door|across the road|around the corner].
@@ -91,10 +91,18 @@ A [ladybug|butterfly|tiny moth] landed on {N}. "[Good day|Hello there], little o
 {N} [hummed|sang] a song about {food} and [rainbows|pirates|slow trains] to keep {his} spirits up. It had [nine|seven|twenty] verses, and each one was [sillier|longer|louder] than the last.
 <out>There was a puddle in the way, so {N} took a long run and jumped. {He} landed right in the middle, splash, and laughed [out loud|at {himself}].
 An old [woman|man] with a heavy sack needed [a rest|help], so {N} carried the sack for a while. "[Bless you|How kind of you], dear," came the answer, and {N} got a handful of {food} as a thank you.
-{N} tripped over [a root|a stone|{his} own feet] and bumped a knee. It hurt, so {he} blew on it and counted to ten, and then [it was better|the pain was gone].
+{N} tripped over [a root|a stone|{his} own feet] and bumped a knee. It hurt, so {he} [blew|breathed] on it and [counted to ten|sang a silly rhyme], and then [it was better|the pain was gone].
 <out>A feather-light seed floated past, and {N} followed it with {his} eyes until it was only a dot in the sky. {He} wondered [where it would grow|how far it would travel].
-A sparrow hopped near with its head to one side. {N} gave it [a crumb|half a cracker], and it chirped as if to say thanks.
-There was time for a small snack, too: {N} ate some {food} and kept one for later, because {he} was [careful|wise] that way.
+A [sparrow|robin|finch] hopped near [with its head to one side|without fear]. {N} gave it [a crumb|half a cracker], and it [chirped as if to say thanks|flew off with a happy chirp].
+There was [time for a small snack|room for a little snack], too: {N} ate some {food} and kept [one|two] for later, because {he} was [careful|wise] that way.
+<out>A [bee|wasp] buzzed around {N}. {He} stood [quite still|as still as a post], and soon it [lost interest|found a flower it liked better].
+{N} saw a cloth bag [on the ground|lying about] and picked up the [litter|paper] next to it, because {he} liked things to be [tidy|clean].
+A [goose|hen|sheep] with a [stern|funny] look stood right in the way and would not move. "[Good day, madam|Excuse me]," said {N} very politely, and only then was {he} allowed to [pass|go on].
+<out>The wind blew off {his} cap, and {N} chased it [twice around a bush|down a bank|over a log]. When {he} caught it, {he} was [out of breath|red in the face].
+<in>A [spider|beetle] hung on a thread and [swung|turned] slowly in the light. {N} [watched it for a while|said hello to it], then went on.
+A baker came by and gave {N} [one warm roll|the end of a loaf], since there was [one too many|plenty]. {N} ate it while it was hot.
+{N} tried to walk [backward|on {his} heels] for a bit, just to see how it felt. It felt [funny|wobbly], so {he} stopped.
+Far away a clock struck [ten|eleven|twelve], and {N} counted [along|each stroke] and wondered [where the day had gone|how clocks know].
 """,
     "thanks": """
 "Thank you, {F}!" said {N}. "[I could not have done it alone|That was very kind of you|You are a true friend]."
@@ -117,15 +125,20 @@ The two friends [watched the sunset|shared the last of the {food}] and agreed th
 "[Same time tomorrow|Shall we meet again tomorrow]?" asked {F}. "Yes!" said {N}, and they both went home happy.
 So the day ended [as well as it had begun|better than it had begun], and {N} was glad.
 If you ever go {tp}, you may [meet|see] {N} and {F} there, still the best of friends.
-The stars came out one by one, and {N} fell asleep [with a warm feeling inside|thinking of {F}].
-And that is how {N} and {F} became [good|close|real] friends.
+[The stars came out one by one|The first stars came out|A round moon rose], and {N} [fell asleep|went to sleep] [with a warm feeling inside|thinking of {F}].
+[Many days came after that|Weeks went by|There were many more adventures], but {N} [never forgot|always remembered] {F} and the [{w}|long] day {p}.
+On the way home {N} [whistled|hopped|hummed], because {he} was so [happy|glad].
+{E} asked, "[How was your day|What did you do today]?" "[It was the best day|It was wonderful]," said {N}, and {he} [smiled|was happy].
+And that was that. {N} and {F} [are friends to this day|still laugh about it].
+Later, over hot {dish}, {N} told {E} [about it|the story], and then it was time for [bed|dreams and a warm bed].
+And so, with [a yawn and a smile|sleepy eyes and a happy heart], {N} said [good night|good night to the moon].
 Back in the {home}, {N} [curled up|lay down] and thought, "[What a day|I wonder what tomorrow will bring]," and soon {he} was asleep.
 """,
 }
 
-PLOTS = {}
+FIRST_PLOTS = {}
 
-PLOTS["lost"] = """
+FIRST_PLOTS["lost"] = """
 @open
 
 @likes?
@@ -205,7 +218,7 @@ And if anybody else lost something, {N} was the first to help them look.
 @end
 """
 
-PLOTS["skill"] = """
+FIRST_PLOTS["skill"] = """
 @open
 
 @likes?
@@ -291,7 +304,7 @@ Later, when a smaller {fk} wanted to {do}, {N} [was the teacher|helped with a ki
 @end
 """
 
-PLOTS["storm"] = """
+FIRST_PLOTS["storm"] = """
 @open
 
 @likes?
@@ -370,7 +383,7 @@ After that, {N} always [looked at the sky|looked up] before a long game.
 @end
 """
 
-PLOTS["mend"] = """
+FIRST_PLOTS["mend"] = """
 @open
 
 @likes?
@@ -444,7 +457,7 @@ After that {N} kept a little pot of glue, just in case somebody needed it.
 @end
 """
 
-PLOTS["surprise"] = """
+FIRST_PLOTS["surprise"] = """
 @open
 
 @friend
@@ -519,7 +532,7 @@ They ate {food} until not a crumb was left.
 @end
 """
 
-PLOTS["sharing"] = """
+FIRST_PLOTS["sharing"] = """
 @open
 
 @likes?
