@@ -109,12 +109,25 @@ _ELDERS = tuple(ELDERS)
 _SKILLS = tuple(SKILLS)
 
 # plots that need something of their place or of their object
-_PLACE_NEEDS = {"storm": "out", "race": "out", "plant": "soil", "cross": "out", "clues": "out"}
+_PLACE_NEEDS = {
+    "storm": "out",
+    "brave": "out",
+    "race": "out",
+    "plant": "soil",
+    "cross": "out",
+    "clues": "out",
+}
 _OBJECT_NEEDS = {"mend": "break", "mistake": "break"}
 _OBJECT_PLOTS = tuple(
     plot for plot in ("lost", "mend", "surprise", "mistake", "borrow", "honest") if plot in PLOTS
 )
-_DRY_SKILLS = frozenset(SKILLS) - {"swim", "skip"}
+# what a skill or a work needs of its place
+_NEEDS = {
+    "swim": "water", "skip": "water", "raft": "water", "skate": "out", "ride": "out",
+    "hop": "out", "climb": "out", "bake": "stove", "tree house": "soil", "swing": "soil",
+    "scarecrow": "soil", "bird house": "out", "bridge": "out", "stone tower": "out",
+    "pot of soup": "stove", "giant pancake": "stove",
+}  # fmt: skip
 
 
 def _places_of(plot: str) -> tuple[str, ...]:
@@ -192,23 +205,33 @@ class _Writer:
         s["food"], s["dish"] = self.pick(FOODS), self.pick(DISHES)
         s["E"], s["t"], s["ft"] = self.pick(_ELDERS), *self.two(TRAITS)
         s["elder"] = self.pick(("mother", "father", "aunt", "uncle"))
-        self.tags |= where.tags | tags
-        self.tags.add(s["w"])
+        out = "out" in where.tags
+        moods = {
+            "shower": out and plot != "storm",
+            "hunger": out and plot != "sharing",
+            "snack": plot != "sharing",
+            "rolls": out and "roll" in tags,
+            "flies": out and "light" in tags,
+        }
+        self.tags |= where.tags | tags | {s["w"]} | {tag for tag, holds in moods.items() if holds}
+
+    def fits(self, what: str) -> bool:
+        """Whether the place has what this skill or this work needs."""
+        return what not in _NEEDS or _NEEDS[what] in self.tags
 
     def theme(self, plot: str) -> None:
         """Fill the slots that one plot has for itself."""
         s = self.slots
         if plot == "skill":
-            can = KINDS[s["k"]][2] | KINDS[s["fk"]][2] if s["k"] == s["fk"] else KINDS[s["k"]][2]
-            skills = [
-                k for k in _SKILLS if k not in can and ("water" in self.tags or k in _DRY_SKILLS)
-            ]
+            can = KINDS[s["k"]][2]
+            skills = [k for k in _SKILLS if k not in can and self.fits(k)]
             s["do"], s["doing"], fail, s["tip"], good = SKILLS[self.pick(skills)]
             s["fail"], s["good"] = fail.format_map(s), good.format_map(s)
             s["fail_"], s["good_"] = s["fail"], s["good"]
         elif plot in _THEMES:
             table, keys = _THEMES[plot]
-            s.update(zip(keys, self.pick(table), strict=True))
+            rows = [row for row in table if self.fits(row[0])]
+            s.update(zip(keys, self.pick(rows), strict=True))
             if plot == "cross":
                 s.update(zip(("barrier", "tool", "peril"), self.pick(BARRIERS), strict=True))
 
@@ -378,7 +401,7 @@ def story_request(rng: Random) -> tuple[str, dict[str, str]]:
     elif draw < 0.8:
         plot = w.pick(_PLOT_NAMES)
         wish["topic"] = w.pick(MORALS[plot])
-        x += f" and {wish['topic']}"
+        x += f"{',' * (', a ' in x)} and {wish['topic']}"
     text = w.pick(_ASK).format(x=x)
     if w.random() < 0.1:
         wish["length"] = w.pick(("short", "long"))

@@ -14,7 +14,7 @@ _KIND = "(" + "|".join(KINDS) + ")"
 _NAMES = "(" + "|".join(GENDER) + ")"
 _NAMED = re.compile(rf"\b{_KIND}(?: from [a-z ]+?)?,? (?:named|called) {_NAMES}\b")
 _IS = re.compile(
-    rf"\b{_NAMES}(?:,| is| was| am)?(?: just| only)? (?:the|an?) (?:[a-z]+ ){{0,2}}?{_KIND}\b"
+    rf"\b{_NAMES}(?:,| is| was| am)?(?: just| only)? (?:the|an?) (?:[a-z]+ ){{0,2}}?{_KIND}\b(?! mask)"
 )
 _QUOTED = re.compile(r'"[^"]*"')
 _SENTENCE = re.compile(r'[^.!?\n]*[.!?]+"?')

@@ -18,6 +18,8 @@ When others climbed and jumped, {N} [watched|stood by].
 
 @detail?
 
+@subplot?
+
 @friend
 
 There they came to {dare}. Nobody liked to go there, for {why}.
@@ -54,8 +56,6 @@ There was nobody else who could help. {N} looked left, and {N} looked right.
 {N} took a deep breath and set off, before {his} fear could catch up with {him}.
 "I am afraid," said {N} aloud, "and I am going anyway."
 Slowly, [with trembling {hands}|with wide eyes], {N} went ahead.
-
-@subplot?
 
 Halfway there, something [rustled|cracked], but {he} did not turn back.
 Once {he} slipped, but {he} held on.
@@ -186,6 +186,8 @@ So, on a {w} morning, {N} walked {tp}, where the race would start.
 
 @detail?
 
+@subplot?
+
 Next to {N} stood {F}, a {ft} {fk}[| with long legs| in a striped vest].
 {F} the {fk} was there too, and everybody said that nobody could beat {fhim}.
 "Good luck," said the runner beside {N}. It was {F}, a {ft} {fk}.
@@ -206,8 +208,6 @@ They passed {see}, and then {see2}, side by side.
 {N} passed one runner, then another, until only {F} was ahead.
 Soon the others were far behind, and it was {N} against {F}.
 The track went past {see}, and {N} had no time to look.
-
-@subplot?
 
 Then, near the end, {F} tripped and fell. "Ow, my leg!" {fhe} cried.
 All at once {F} slipped on a wet leaf and rolled into a ditch.
@@ -270,6 +270,8 @@ As a thank you for some help, {N} got a {seed} from a neighbor.
 
 @detail?
 
+@subplot?
+
 {N} dug a little hole, put the {seed} in, and covered it [with earth|like a child in bed].
 In a sunny corner, {N} made a hole with one finger and dropped the {seed} into it.
 {He} pushed the {seed} into the soft earth and patted it [gently|twice].
@@ -283,8 +285,6 @@ Then {N} sat down to wait. {He} waited [for an hour|until supper]. Nothing happe
 The next morning {N} ran to look. There was nothing to see.
 {N} looked every day, and every day there was only dirt.
 For a whole week nothing moved, and {N} grew [impatient|sad].
-
-@subplot?
 ---
 @meet
 
@@ -356,6 +356,8 @@ Everybody knew how much {F} loved {fhis} {o}.
 
 @detail?
 
+@subplot?
+
 "Would you watch my {on} for a minute?" asked {F}, and {fhe} went to get some {food}.
 {F} put the {on} down and went to fetch water. "Please do not touch it," {fhe} said to {N}.
 {F} fell asleep in the shade, and the {on} lay right beside {fhim}.
@@ -390,8 +392,6 @@ A lie lay ready on {his} tongue, and {N} swallowed.
 That lie, or even the thought of it, weighed more than a sack of stones.
 "A thing can be mended," {E} had once told {N}, "but trust is harder to fix."
 {N} could not eat one bite of the {food}, because {he} felt so bad.
-
-@subplot?
 
 "{F}," {N} said at last, "it was me. I broke your {on}, and I am sorry."
 Then {N} took all {his} courage together. "I did it, {F}. I am so sorry."
@@ -617,6 +617,8 @@ That day {N} had [no plans|nothing to do], which is the best kind of day.
 
 @detail?
 
+@subplot?
+
 There was a {barrier}, and {N} was just about to jump over it.
 {N} came to a {barrier}. For {him} it was only one step.
 {N} reached a {barrier} and heard a voice, as thin as a thread.
@@ -638,8 +640,6 @@ The {small} had tried three times already, but {peril}.
 You see, {peril}. How could a {small} ever get across?
 "Please, could you help me over?" asked the {small}.
 ---
-@subplot?
-
 {N} wanted to lift the {small}, but it was afraid of {his} big {hands}.
 "Climb on my back," said {N}, but the {small} was too frightened.
 {N} thought and thought. There had to be a way.
@@ -745,7 +745,7 @@ It was getting dark, and a cold rain began to fall. But {N} had made a promise.
 {N} was already in {his} slippers when {he} remembered the {on}.
 "You could take it back tomorrow," said {E}. {N} looked at the dark window.
 When evening came, {N} was so sleepy that {he} could hardly stand.
-Supper was ready, and it smelled good. Then {N} saw the {on} on the chair.
+Supper was ready, and it smelled good. Then {N} saw the {on} on a chair.
 
 "I promised," said {N}, and put on {his} coat.
 {N} sighed, took a lamp, and went out again.
@@ -885,6 +885,8 @@ MORE_PLOTS["sick"] = """
 ---
 @set
 
+@detail?
+
 {N} and {F} had planned to meet there, but {F} did not come.
 {N} waited for {F}, first ten minutes, and then an hour.
 {F} had promised {N} to be there. Where could {fhe} be?
@@ -892,7 +894,7 @@ MORE_PLOTS["sick"] = """
 "Where is {F}?" wondered {N}. "{fHe} is never late."
 They wanted to play pirates, but without {F} it was no fun for {N}.
 
-@detail?
+@subplot?
 
 So {N} went to the house of {F} and knocked. "Come in," said a weak voice.
 {N} began to worry and ran to see {F}.
@@ -914,8 +916,6 @@ At the door of {F} hung a note: "I am sick." {N} went in on tiptoe.
 "What do you need?" asked {N}. "Just somebody to be here," said {F}.
 "Today I am your nurse," said {N} to {F}.
 {N} remembered what {E} always did for colds.
-
-@subplot?
 ---
 {N} squeezed two lemons and made hot {dish}, the way {E} did.
 First {N} cooked some {dish}, and it smelled so good that {F} sat up.
@@ -945,7 +945,7 @@ On the third morning {F} opened the door {fhimself}, with pink cheeks.
 Day by day the sneezes of {F} got smaller, until there were none.
 {F} ate three plates of {dish}, so {N} knew that {fhe} was healthy again.
 
-"Your {dish} made me well," said {F}.
+"You are the best nurse in the world," said {F}.
 "It was you who made me well," said {F} to {N}, "with all your care."
 {F} took {N} by the hand. "You stayed when I was no fun at all," {fhe} said.
 "If you are ever sick," said {F}, "I will make the {dish}."

@@ -28,7 +28,7 @@ SHARED = {
 <!once>A {t} {k} named {N} [had just finished breakfast|was tying a knot in a string|sat on the step and listened to the birds].
 """,
     "likes": """
-{N} loved to [count clouds|collect leaves|draw maps|make up songs|look at the stars|ask why] [|more than anything else|almost every day].
+{N} loved to [count clouds|collect leaves|draw maps|make up songs|look at the stars|ask why][| more than anything else| almost every day].
 What {N} liked best was [the smell of fresh bread|the sound of rain|a good story|walking in the wind|a long, warm bath].
 {He} had [two quick|two strong|two careful] {hands} and a [kind heart|sharp eye|thousand ideas].
 Every day {he} [learned something new|found something to laugh about|said hello to the sun].
@@ -54,7 +54,7 @@ How much there was to [look at|see|discover]: {see}, and {see2}, and more.
 From somewhere came {sound}.
 {N} stopped to look at {see}. [Nothing could be better|How pretty it was|It was like a picture].
 From where {he} stood, {he} could see {see} and hear {sound}.
-[If one was very quiet|If you listened well], you could hear {sound}.
+[If one was very quiet|With a sharp ear|Now and then], one could hear {sound}.
 {N} liked {see} [best of all|a great deal], but {he} was fond of {see2}, too.
 The air [smelled fresh|was full of small sounds|felt soft], and {N} walked past {see2}.
 <windy>The wind pulled at {his} ears, and it carried {sound}.
@@ -85,8 +85,8 @@ Who should come along but {F}, a {ft} {fk} [with a big smile|who was always glad
 Along the path came a {fk}. "I am {F} the {fk}," said the newcomer[| in a friendly voice| and gave a little bow].
 """,
     "subplot": """
-<out>On the way, a [quick|sudden|short] shower came down, and {N} got [wet from head to toe|soaked]. {He} waited under a [thick tree|wide roof] until the sun had dried {him} again.
-<out>On the way, {his} stomach began to growl, because {he} had [skipped breakfast|eaten only one bite that morning]. Luckily {N} had packed some {food} in a small bag, and after {he} had eaten, {he} felt [strong|much better|full] again.
+<shower>A [quick|sudden|short] shower came down, and {N} got [wet from head to toe|soaked]. {He} waited under a [thick tree|wide roof] until the sun had dried {him} again.
+<hunger>Then {his} stomach began to growl, because {he} had [skipped breakfast|eaten only one bite that morning]. Luckily {N} had packed some {food} in a small bag, and after {he} had eaten, {he} felt [strong|much better|full] again.
 A [ladybug|butterfly|tiny moth] landed on {N}. "[Good day|Hello there], little one," {he} whispered, and it [opened its wings|stayed a while] before it flew on.
 {N} [hummed|sang] a song about {food} and [rainbows|pirates|slow trains] to keep {his} spirits up. It had [nine|seven|twenty] verses, and each one was [sillier|longer|louder] than the last.
 <out>There was a puddle in the way, so {N} took a long run and jumped. {He} landed right in the middle, splash, and laughed [out loud|at {himself}].
@@ -94,13 +94,13 @@ An old [woman|man] with a heavy sack needed [a rest|help], so {N} carried the sa
 {N} tripped over [a root|a stone|{his} own feet] and bumped a knee. It hurt, so {he} [blew|breathed] on it and [counted to ten|sang a silly rhyme], and then [it was better|the pain was gone].
 <out>A feather-light seed floated past, and {N} followed it with {his} eyes until it was only a dot in the sky. {He} wondered [where it would grow|how far it would travel].
 A [sparrow|robin|finch] hopped near [with its head to one side|without fear]. {N} gave it [a crumb|half a cracker], and it [chirped as if to say thanks|flew off with a happy chirp].
-There was [time for a small snack|room for a little snack], too: {N} ate some {food} and kept [one|two] for later, because {he} was [careful|wise] that way.
+<snack>There was [time for a small snack|room for a little snack], too: {N} ate some {food} and kept [one|two] for later, because {he} was [careful|wise] that way.
 <out>A [bee|wasp] buzzed around {N}. {He} stood [quite still|as still as a post], and soon it [lost interest|found a flower it liked better].
 {N} saw a cloth bag [on the ground|lying about] and picked up the [litter|paper] next to it, because {he} liked things to be [tidy|clean].
 A [goose|hen|sheep] with a [stern|funny] look stood right in the way and would not move. "[Good day, madam|Excuse me]," said {N} very politely, and only then was {he} allowed to [pass|go on].
 <out>The wind blew off {his} cap, and {N} chased it [twice around a bush|down a bank|over a log]. When {he} caught it, {he} was [out of breath|red in the face].
 <in>A [spider|beetle] hung on a thread and [swung|turned] slowly in the light. {N} [watched it for a while|said hello to it], then went on.
-A baker came by and gave {N} [one warm roll|the end of a loaf], since there was [one too many|plenty]. {N} ate it while it was hot.
+<snack>A baker came by and gave {N} [one warm roll|the end of a loaf], since there was [one too many|plenty]. {N} ate it while it was hot.
 {N} tried to walk [backward|on {his} heels] for a bit, just to see how it felt. It felt [funny|wobbly], so {he} stopped.
 Far away a clock struck [ten|eleven|twelve], and {N} counted [along|each stroke] and wondered [where the day had gone|how clocks know].
 """,
@@ -121,7 +121,7 @@ And when {N} lay in bed that night, {he} [smiled in the dark|was asleep before {
 {N} [never forgot|always remembered] that day {p}.
 And they all laughed until [their bellies hurt|the moon came up]. The end.
 At home, {N} [drew a picture of it all|told the whole tale over supper|hung up {his} coat], and then {he} went to bed with a smile.
-The two friends [watched the sunset|shared the last of the {food}] and agreed that it had been a [very|truly] good day.
+The two friends [watched the sunset|shared some {food}] and agreed that it had been a [very|truly] good day.
 "[Same time tomorrow|Shall we meet again tomorrow]?" asked {F}. "Yes!" said {N}, and they both went home happy.
 So the day ended [as well as it had begun|better than it had begun], and {N} was glad.
 If you ever go {tp}, you may [meet|see] {N} and {F} there, still the best of friends.
@@ -154,10 +154,10 @@ Nothing was dearer to {N} than {his} {o}.
 
 @detail?
 
-<roll>While {he} was [resting|looking the other way], the {on} began to roll, and it rolled out of sight.
-<roll>{N} put the {on} down for [just a moment|one minute], and it rolled away down the slope of the path.
-<light>All at once a gust of air [snatched|lifted] the {on} and carried it off.
-<light>A puff of wind took the {on}, and before {N} could grab it, it was gone.
+<rolls>While {he} was [resting|looking the other way], the {on} began to roll, and it rolled out of sight.
+<rolls>{N} put the {on} down for [just a moment|one minute], and it rolled away down the slope of the path.
+<flies>All at once a gust of air [snatched|lifted] the {on} and carried it off.
+<flies>A puff of wind took the {on}, and before {N} could grab it, it was gone.
 <small>There was a hole in {his} pocket, and the {on} slipped out without a sound.
 <small>The {on} was small, and somewhere it [dropped|fell] from {his} {hands}.
 {N} played until noon. But when {he} looked for the {on}, it was [gone|not there].
@@ -207,8 +207,8 @@ All the sadness was gone [at once|in a blink].
 @thanks?
 ---
 <small>That same day, {N} sewed up the hole in {his} pocket.
-<light>From then on, {N} tied a long string to the {on} whenever the wind blew.
-<roll>From then on, {N} never put the {on} down on a slope again.
+<flies>From then on, {N} tied a long string to the {on} whenever the wind blew.
+<rolls>From then on, {N} never put the {on} down on a slope again.
 {N} had learned that it is wise to ask for help when something is lost.
 "Next time I will look after it better," {N} promised.
 "Two pairs of eyes see more than one," said {F}, and {N} agreed.
@@ -234,6 +234,8 @@ When {N} saw others {doing}, {he} [sighed|felt a little jealous].
 
 @detail?
 
+@subplot?
+
 It was the right day to try {doing}.
 "Today I will learn to {do}," {N} [said|decided].
 {He} took a deep breath and tried [to {do}|it for the first time].
@@ -247,8 +249,6 @@ It did not go well. On the first try, {fail}.
 {fail_}. "[Ouch|Oh dear|Bother]!" {he} said.
 Alas, {fail}, and [a crow laughed|two pigeons stared].
 {N} tried once, twice, three times. Each time it was the same: {fail}.
-
-@subplot?
 
 {N} felt [ashamed|like giving up], and {he} [kicked a stone|hung {his} head].
 "I will never learn it," {he} said and [sat down|sighed deeply].
@@ -307,13 +307,15 @@ Later, when a smaller {fk} wanted to {do}, {N} [was the teacher|helped with a ki
 FIRST_PLOTS["storm"] = """
 @open
 
-@likes?
+@likes
 ---
 @set
 
 @friend
 
 @detail?
+
+@subplot?
 
 They [played tag|flew from game to game|built a tiny dam] and did not look at the sky.
 {N} and {F} were [so deep in their game|so busy with hide and seek] that they forgot the time.
@@ -344,7 +346,7 @@ The rain was so thick that {N} could not see {F} [any more|at all], though {he} 
 "Look for a low, dry place," {F} called.
 ---
 They [crawled|crept] into a small cave in the rocks, where it was dry.
-There was an empty shed close by, and they slipped inside [and shut the door|].
+There was an empty shed close by, and they slipped inside[ and shut the door|].
 {F} found an old hut with a good roof, and they [pushed the door open|went in].
 Bent low, they ran to a stone hut and [squeezed in|tumbled through the door].
 {N} saw a light. It was a little house, and a kind old woman let them in.
@@ -356,8 +358,6 @@ They counted between flash and thunder: three, then five, then ten. The storm wa
 {F} wrapped {fhis} coat around them both, and {N} stopped shivering.
 "A storm is only sky noise," said {N}, and {F} [giggled|felt better].
 They sat close together, and so neither of them was cold.
-
-@subplot?
 ---
 [At last|After an hour|Little by little], the rain stopped, and the sun came out again.
 When they looked out, there was a rainbow [over the hills|from one end of the sky to the other].
@@ -548,6 +548,8 @@ A neighbor had thanked {N} for some help with a bag of {food}.
 
 @detail?
 
+@subplot?
+
 {N} found a [shady|quiet] spot and sat down to eat. "All for me!" {he} said.
 "I will eat every one of them," {N} thought and licked {his} lips.
 {He} was hungry from the walk, so {N} opened the bag.
@@ -585,8 +587,6 @@ Now {F} was not hungry any more, and neither was {N}.
 {F} licked {fhis} {fhands} and smiled at {N}.
 Soon nothing was left but crumbs, and the birds got those.
 ---
-@subplot?
-
 "Now I will share something with you," said {F}, and showed {N} [a secret path|a hidden swing|a hole full of fireflies].
 In return {F} taught {N} [a whistle trick|a new game with stones|a funny song].
 "I have no food," said {F}, "but I have a story." And it was the best story {N} had ever heard.

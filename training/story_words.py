@@ -92,7 +92,7 @@ _PLACES = (
     ("in the garden", "out soil", "rows of beans, red tulips, a stone path, a bird bath",
      "under a cabbage leaf, behind the water barrel, among the tulips, beside the gate",
      "bees in the tulips, the drip of the water barrel"),
-    ("on the farm", "out soil", "a red tractor, yellow hay, six brown hens, a wooden gate",
+    ("on the farm", "out soil stove", "a red tractor, yellow hay, six brown hens, a wooden gate",
      "behind the hay, under the tractor, beside the water trough, near the hen house",
      "the clucking of the hens, the squeak of the gate"),
     ("in the meadow", "out soil", "white daisies, tall grass, orange butterflies, blue bells",
@@ -119,7 +119,7 @@ _PLACES = (
     ("at school", "in", "small desks, a box of chalk, paper stars, a map on the wall",
      "under a desk, behind the map, beside the box of chalk, on the window sill",
      "the ring of the bell, feet in the hall"),
-    ("in the castle", "in", "stone stairs, long curtains, a wide hall, old paintings",
+    ("in the castle", "in stove", "stone stairs, long curtains, a wide hall, old paintings",
      "behind a long curtain, at the foot of the stairs, under a stone seat, beside the fireplace",
      "an echo in the hall, the creak of the great door"),
     ("on the mountain", "out", "grey cliffs, white clouds below, a thin path, purple heather",
@@ -140,7 +140,7 @@ _PLACES = (
     ("on the island", "out water", "palm trees, warm sand, a blue bay, striped fish",
      "under a palm tree, behind a coconut, in the warm sand, between two rocks",
      "the hush of the sea, parrots in the trees"),
-    ("at the bakery", "in", "warm rolls, sacks of flour, a big oven, trays of buns",
+    ("at the bakery", "in stove", "warm rolls, sacks of flour, a big oven, trays of buns",
      "behind a sack of flour, under a tray, beside the oven, on the lowest shelf",
      "the crackle of the oven, a song from behind the counter"),
     ("at the museum", "in", "giant bones, glass cases, old coins, a stuffed whale",
@@ -158,7 +158,7 @@ _PLACES = (
     ("in the valley", "out soil", "a winding path, grazing sheep, low stone walls, a clear brook",
      "behind a stone wall, under a hazel bush, beside the brook, in a patch of clover",
      "the babble of the brook, a shepherd's whistle"),
-    ("in the kitchen", "in", "copper pots, a warm stove, blue plates, a bowl of lemons",
+    ("in the kitchen", "in stove", "copper pots, a warm stove, blue plates, a bowl of lemons",
      "under the table, behind a copper pot, beside the stove, inside a mixing bowl",
      "the bubble of a pot, the whistle of the kettle"),
     ("in the attic", "in", "dusty trunks, an old mirror, spider webs, a tiny window",
@@ -281,7 +281,17 @@ FOODS = (
     "berries", "plums", "cookies", "carrots", "nuts", "pears", "pancakes", "muffins", "sandwiches",
     "cherries", "dumplings", "buns", "strawberries", "peaches", "grapes", "rolls",
 )  # fmt: skip
-DISHES = ("soup", "bread", "rice", "porridge", "pie", "cake", "stew", "jam", "cheese", "honey")
+DISHES = (
+    "soup",
+    "bread",
+    "rice",
+    "porridge",
+    "pie",
+    "pudding",
+    "stew",
+    "pumpkin soup",
+    "bean stew",
+)
 
 # plants: (seed, plant, what comes of it)
 PLANTS = (
