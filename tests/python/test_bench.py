@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import ssl
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_usage_in_every_event_counts_its_tokens() -> None:
         (5.0, event("cde", "length", usage=usage(5, 7))),
         (5.0, DONE),
     )
-    assert record.tokens_per_event() == [2, 1, 4]
+    assert record.event_tokens_known and record.event_tokens() == [2, 1, 4]
     assert stats.token_gaps(record) == [1.0, 0.5, 0.5, 0.5, 0.5]
     assert stats.event_gaps(record) == [1.0, 2.0]
     assert stats.tpot(record) == 3.0 / 5
@@ -196,18 +197,27 @@ def test_usage_in_the_last_event_only() -> None:
         (3.0, event("", "stop", usage=usage(5, 2))),
         (3.0, DONE),
     )
-    assert record.times == [1.0, 2.0] and record.tokens_per_event() == [1, 1]
+    assert record.times == [1.0, 2.0] and record.event_tokens() == [1, 1]
 
 
 def test_tokens_known_in_total_only() -> None:
-    times = [(float(i), event("x")) for i in range(1, 5)]
+    """Their text tells how many an event brings."""
+    texts = [(1.0, "ab"), (2.0, "c"), (4.0, "defg"), (5.0, "h")]
     last = b"data: " + json.dumps({"choices": [], "usage": usage(1, 8)}).encode() + b"\n\n"
-    record = record_of(*times, (4.0, event("", "length")), (4.0, last + DONE))
-    assert record.tokens_per_event() is None and record.output_tokens == 8
-    # Three gaps of a second, seven tokens after the first one.
-    gaps = stats.token_gaps(record)
-    assert len(gaps) == 7 and math.isclose(sum(gaps), 3.0)
-    assert stats.tpot(record) == 3.0 / 7
+    record = record_of(
+        *((now, event(text)) for now, text in texts), (5.0, event("", "length") + last + DONE)
+    )
+    assert not record.event_tokens_known and record.event_tokens() == [2, 1, 4, 1]
+    assert stats.token_gaps(record) == [1.0, 0.5, 0.5, 0.5, 0.5, 1.0]
+    assert stats.tpot(record) == 4.0 / 6
+    assert stats.summarize([record], 1.0)["tokens_of_each_event_known"] is False
+
+
+def test_a_total_that_does_not_fit_the_text() -> None:
+    """An event brings one token at least; the sums still count what the server says."""
+    record = Record(times=[1.0, 2.0, 3.0], sizes=[98, 1, 1], completion_tokens=4)
+    assert record.event_tokens() == [4, 1, 1] and record.output_tokens == 4
+    assert stats.token_gaps(record) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +245,7 @@ def made(start: float, times: list[float], tokens: int | None = None, **more: An
         start=start,
         end=times[-1] if times else start,
         times=times,
+        sizes=[1] * len(times),
         completion_tokens=len(times) if tokens is None else tokens,
         prompt_tokens=10,
         **more,
@@ -367,7 +378,7 @@ def test_random_prompts_have_their_length(count: Callable[[str], int], prefix_le
     assert all(15 <= p.output_len <= 45 for p in found.prompts)
     assert len({p.text for p in found.prompts}) == 20
     common = min(len(_common(found.prompts[0].text, p.text)) for p in found.prompts[1:])
-    assert common >= (prefix_len and 38) and "20 exact" in found.about
+    assert common >= (prefix_len and 38) and "20 of 20 exact" in found.about
     assert asyncio.run(workload.make_dataset(options, counted(count))) == found
     other = DatasetOptions(20, input_len=50, range_ratio=0.5, prefix_len=prefix_len, seed=2)
     assert asyncio.run(workload.make_dataset(other, counted(count))).prompts != found.prompts
@@ -657,6 +668,50 @@ def test_nobody_listens() -> None:
     assert [r.error for r in run.records] == ["connection refused"] * 2
 
 
+# For 127.0.0.1, made for this test and used nowhere else.
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBhjCCASygAwIBAgIUdIBw1jAURvN6ttiEOb4EKBjoNsYwCgYIKoZIzj0EAwIw
+DzENMAsGA1UEAwwEdGVzdDAgFw0yNjExMjQwMDAwMjNaGA8yMTI2MTAzMTAwMDAy
+M1owDzENMAsGA1UEAwwEdGVzdDBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABFnK
+WPgaoHU9zwoCGR2YqXEgPf+ykQqq6GtGj1bi2kvgTE4BtauQmf7ZV9ohaRKrACu9
+1ujH7z+iBMB4W+goJVejZDBiMB0GA1UdDgQWBBTeFNFxNc/1F+d2a9+H3zuwOULu
+UzAfBgNVHSMEGDAWgBTeFNFxNc/1F+d2a9+H3zuwOULuUzAPBgNVHRMBAf8EBTAD
+AQH/MA8GA1UdEQQIMAaHBH8AAAEwCgYIKoZIzj0EAwIDSAAwRQIgdmS/j+7Bc+y4
+AKxif0LpfbLr0P46eHfy5dvPYgLG+sUCIQCKge0tTW8kJh6HzJ0xV2QHOBnEEBtu
+JfZZ01m8re8PuA==
+-----END CERTIFICATE-----
+"""
+KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgXYr54P4ppwb0tD7J
+xr6yqOe86SbJVmpG+PVjKEyqCOehRANCAARZylj4GqB1Pc8KAhkdmKlxID3/spEK
+quhrRo9W4tpL4ExOAbWrkJn+2VfaIWkSqwArvdbox+8/ogTAeFvoKCVX
+-----END PRIVATE KEY-----
+"""
+
+
+def test_tls(tmp_path: Path) -> None:
+    path = tmp_path / "both.pem"
+    path.write_text(CERTIFICATE + KEY)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path)
+
+    async def use(verify: bool) -> list[Record]:
+        stand_in = StandIn(ordinary)
+        server = await asyncio.start_server(stand_in.serve, "127.0.0.1", 0, ssl=context)
+        port = server.sockets[0].getsockname()[1]
+        client = Client(f"https://127.0.0.1:{port}", verify=verify)
+        run = await LoadGenerator(client, LoadOptions("m", concurrency=2)).run(PROMPTS[:4])
+        client.close()
+        server.close()
+        return run.records
+
+    assert [r.error for r in asyncio.run(use(True))] == ["TLS failed"] * 4
+    records = asyncio.run(use(False))
+    assert all(r.ok for r in records) and sum(r.output_tokens for r in records) == 3 + 4 + 5 + 6
+
+
 def test_idle_connections_that_the_server_closes_are_replaced() -> None:
     async def close_after_each(path: str, body: dict[str, Any], writer: Writer) -> bool:
         await ordinary(path, body, writer)
@@ -778,7 +833,14 @@ def test_serve_command(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         *["--goodput", "ttft:60000 tpot:60000", "--save", str(saved), "--plot", str(drawn)],
     )
     assert result.exit_code == 0, result.output
-    for words in ["12 done, 0 failed", "20 -> 6 tokens", "13 exact", "TTFT", "goodput", "p99"]:
+    for words in [
+        "12 done, 0 failed",
+        "20 -> 6 tokens",
+        "13 of 13 exact",
+        "TTFT",
+        "goodput",
+        "p99",
+    ]:
         assert words in result.stdout
     found = json.loads(saved.read_text())
     assert "secret" not in saved.read_text() and found["command"][-1] == "rest"
@@ -834,7 +896,7 @@ def test_throughput_command(model_dir: Path, tmp_path: Path) -> None:
     # The tokenizer adds <s>: that is one of the 20 tokens.
     assert found["prompt_tokens"] == 6 * 20 and found["output_tokens"] == 6 * 4
     assert math.isclose(found["output_throughput"] * found["seconds"], 24)
-    assert "7 exact" in result.stdout and "output tokens/s" in result.stdout
+    assert "7 of 7 exact" in result.stdout and "output tokens/s" in result.stdout
 
 
 def test_latency_command(model_dir: Path) -> None:

@@ -252,7 +252,7 @@ async def _serve_dataset(
     wanted = _dataset_options(given, given["warmup"])
     count, why_not = await token_counter(client, load)
     dataset = await make_dataset(wanted, count)
-    about = dataset.about
+    about = f"{given['num_prompts']} {dataset.about}"
     if count is None and wanted.dataset is None:
         about += f" (no /tokenize: {why_not})"
     if load.concurrency is not None:
@@ -294,7 +294,7 @@ def _generator_cost(run: Run, summary: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": run.cpu_seconds,
         "cpu_share": run.cpu_seconds / run.seconds,
         "cpu_us_per_event": 1e6 * run.cpu_seconds / max(1, summary["events"]),
-        "late_p99_ms": summary["late_ms"].get("p99"),
+        "late_p99_ms": summary["late_ms"].get("p99"),  # 0 in closed loop
     }
 
 
@@ -326,7 +326,7 @@ def throughput(**given: Any) -> None:
             given["temperature"],
             given["ignore_eos"],
         )
-        config = _offline_config(llm) | {"prompts": dataset.about}
+        config = _offline_config(llm) | {"prompts": f"{split} {dataset.about}"}
 
     def show() -> str:
         from .report import pairs

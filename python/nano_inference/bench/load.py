@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import resource
+import ssl
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -132,6 +133,8 @@ def _reason(error: BaseException) -> tuple[str, str]:
         return "error in the stream", str(error)
     if isinstance(error, ProtocolError):
         return "malformed answer", str(error)
+    if isinstance(error, ssl.SSLError):
+        return "TLS failed", str(error)
     if isinstance(error, ConnectionRefusedError):
         return "connection refused", str(error)
     if isinstance(error, ConnectionError):

@@ -145,13 +145,12 @@ def run_plot(records: Sequence[Record], start: float, title: str) -> str:
 
 
 def token_rate(records: Sequence[Record], start: float, bins: int = 60) -> Points:
-    """Output tokens a second over the time of the run. Where only an answer's total is known, its
-    events count alike."""
+    """Output tokens a second over the time of the run."""
     times: list[float] = []
     weights: list[float] = []
     for r in records:
         times += [t - start for t in r.times]
-        weights += r.tokens_per_event() or [r.output_tokens / len(r.times)] * len(r.times)
+        weights += r.event_tokens()
     if not times or max(times) <= 0:
         return []
     sums, edges = np.histogram(times, bins, (0.0, max(times)), weights=weights)

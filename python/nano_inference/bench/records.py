@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,9 @@ class _Delta(msgspec.Struct):
     reasoning_content: Any = None
     reasoning: Any = None
     tool_calls: Any = None
+
+    def output(self) -> Any:
+        return self.content or self.reasoning_content or self.reasoning or self.tool_calls
 
 
 class _Choice(msgspec.Struct):
@@ -39,7 +43,7 @@ class _Usage(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     """What matters of an event; msgspec skips the rest without building it, which makes this
-    as cheap (1 µs) as searching the bytes would be."""
+    as cheap as searching the bytes would be."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -60,6 +64,8 @@ class Record:
     """When each event that carries output arrived."""
     totals: list[int] = field(default_factory=list)
     """Completion tokens up to each of these events, where all events say it."""
+    sizes: list[int] = field(default_factory=list)
+    """Characters of each of these events' text."""
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
@@ -80,12 +86,23 @@ class Record:
         """As the server counts them; where it does not, each event is one."""
         return len(self.times) if self.completion_tokens is None else self.completion_tokens
 
-    def tokens_per_event(self) -> list[int] | None:
-        """None where only their sum is known."""
-        if self.times and len(self.totals) == len(self.times):
-            before = [0, *self.totals[:-1]]
-            return [b - a for a, b in zip(before, self.totals, strict=True)]
-        return [1] * len(self.times) if self.output_tokens == len(self.times) else None
+    @property
+    def event_tokens_known(self) -> bool:
+        """All events say how many tokens they bring, or each brings one."""
+        return len(self.totals) == len(self.times) or self.output_tokens == len(self.times)
+
+    def event_tokens(self) -> list[int]:
+        """Tokens of each event. Where only their sum is known, in proportion to its text, and 1 at
+        least."""
+        if self.totals and len(self.totals) == len(self.times):
+            ends = self.totals
+        elif self.output_tokens == len(self.times):
+            return [1] * len(self.times)
+        else:
+            sizes = list(itertools.accumulate(self.sizes))
+            share = self.output_tokens / max(1, sizes[-1])
+            ends = [round(share * size) for size in sizes]
+        return [max(1, b - a) for a, b in zip([0, *ends], ends, strict=False)]
 
 
 class Recorder:
@@ -112,16 +129,11 @@ class Recorder:
             raise AnswerError(f"an event is no JSON of a completion: {text}") from None
         if event.error is not None:
             raise AnswerError(error_message(data))
-        record, usage, has_output = self.record, event.usage, False
+        record, usage = self.record, event.usage
         if event.choices:
             choice = event.choices[0]
-            delta = choice.delta
-            has_output = bool(choice.text) or (
-                delta is not None
-                and bool(
-                    delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls
-                )
-            )
+            output = choice.text or (choice.delta and choice.delta.output())
+            has_output = bool(output)
             if choice.finish_reason is not None:
                 record.finish_reason = choice.finish_reason
                 has_output = has_output or not record.times  # tokens without text only
@@ -130,6 +142,7 @@ class Recorder:
                 has_output = has_output or total > (record.totals[-1] if record.totals else 0)
             if has_output:
                 record.times.append(now)
+                record.sizes.append(len(output) if isinstance(output, str) else 1)
                 if total is not None:
                     record.totals.append(total)
         if usage is not None:

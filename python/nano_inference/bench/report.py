@@ -124,10 +124,11 @@ def serve_report(result: dict[str, Any]) -> str:
     ]
     parts = [pairs(rows), table(times)]
     if s["events"] and s["output_tokens"] != s["events"]:
-        how = "counted" if s["tokens_of_each_event_known"] else "taken as evenly spread"
+        known = s["tokens_of_each_event_known"]
+        how = "as counted" if known else "which are taken to be in proportion to its text"
         parts.append(
-            f"An event carries {s['tokens_per_event']:.2f} tokens: ITL shares the gap before an "
-            f"event among its tokens, {how}."
+            f"An event carries {s['tokens_per_event']:.2f} tokens on average: ITL shares the gap "
+            f"before an event among its tokens, {how}."
         )
     if s["failures"]:
         lines = [f"{f['count']:>7,} x {f['reason']}: {f['example']}" for f in s["failures"]]
@@ -146,6 +147,6 @@ def _tokens(s: dict[str, Any]) -> str:
 
 def _generator(g: dict[str, Any]) -> str:
     text = f"{g['cpu_seconds']:.2f} s of CPU ({g['cpu_share']:.0%} of a core)"
-    if g["late_p99_ms"] is not None:
+    if g["late_p99_ms"]:
         text += f", p99 lateness {g['late_p99_ms']:.2f} ms"
     return text

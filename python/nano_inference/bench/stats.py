@@ -33,8 +33,7 @@ def ttft(record: Record) -> float:
 
 def tpot(record: Record) -> float | None:
     """None for an answer whose tokens all came at once."""
-    counts = record.tokens_per_event()
-    after_first = record.output_tokens - (1 if counts is None else counts[0])
+    after_first = record.output_tokens - record.event_tokens()[0]
     if after_first <= 0 or len(record.times) < 2:
         return None
     return (record.times[-1] - record.times[0]) / after_first
@@ -49,16 +48,9 @@ def event_gaps(record: Record) -> list[float]:
 
 
 def token_gaps(record: Record) -> list[float]:
-    """Time between tokens: an event of k tokens after a gap g counts as k gaps of g / k. Where only
-    the answer's total is known, the tokens are spread evenly over its events."""
-    gaps = np.diff(record.times)
-    counts = record.tokens_per_event()
-    if counts is not None:
-        k = np.maximum(counts[1:], 1)
-    else:
-        ends = np.linspace(0, max(record.output_tokens - 1, len(gaps)), len(gaps) + 1)
-        k = np.diff(np.round(ends)).astype(np.int64)
-    return np.repeat(gaps / k, k).tolist() if len(gaps) else []
+    """Time between tokens: an event of k tokens after a gap g counts as k gaps of g / k."""
+    k = np.asarray(record.event_tokens()[1:], np.int64)
+    return np.repeat(np.diff(record.times) / k, k).tolist()
 
 
 # -- Service level objectives ---------------------------------------------------------------------
@@ -117,7 +109,7 @@ def summarize(
         "output_tokens_counted_by": _counted_by(good),
         "events": events,
         "tokens_per_event": output / events if events else None,
-        "tokens_of_each_event_known": all(r.tokens_per_event() is not None for r in good),
+        "tokens_of_each_event_known": all(r.event_tokens_known for r in good),
         "request_throughput": len(good) / seconds,
         "output_throughput": output / seconds,
         "total_throughput": (output + prompt) / seconds,

@@ -96,13 +96,13 @@ async def random_prompts(options: DatasetOptions, count_tokens: CountTokens | No
         text, found = await _text_of(rng, prefix, want, count_tokens)
         exact += found == want
         prompts.append(Prompt(prefix + text, output_len, total))
-    about = f"{len(prompts)} random, "
+    about = "random, "
     about += f"{options.prefix_len} shared + " if options.prefix_len else ""
     about += f"{options.input_len} -> {options.output_len or DEFAULT_OUTPUT_LEN} tokens"
     about += f" ± {options.range_ratio:.0%}" if options.range_ratio else ""
     if count_tokens is None:
         return Dataset(prompts, about + "; a word counted as a token")
-    return Dataset(prompts, about + f"; lengths by the tokenizer, {exact} exact")
+    return Dataset(prompts, about + f"; lengths by the tokenizer, {exact} of {len(prompts)} exact")
 
 
 def _lengths(rng: np.random.Generator, mean: int, ratio: float, count: int) -> list[int]:
@@ -157,10 +157,8 @@ async def file_prompts(options: DatasetOptions, count_tokens: CountTokens | None
         prompts.append(await _prompt_of(entries[i], options, count_tokens))
     if not prompts:
         raise ValueError(f"{options.dataset} holds no prompt")
-    count = options.num_prompts
-    about = f"{count} of {options.dataset.name}"
-    about += f" (it has {len(entries)}: repeated)" if count > len(entries) else ""
-    return Dataset([prompts[i % len(prompts)] for i in range(count)], about)
+    about = f"of {options.dataset.name}, which has {len(entries)}"
+    return Dataset([prompts[i % len(prompts)] for i in range(options.num_prompts)], about)
 
 
 @dataclass(frozen=True)
