@@ -416,7 +416,7 @@ With some string and glue, {N} and {F} fixed the {on}, and it was almost as good
 
 Now the weight was gone, and {N} could breathe again.
 {N} felt as light as a leaf after that.
-They shared the {food} after all, and it tasted good.
+They shared the {food} after all, and every bite tasted good.
 The {on} had a scar now, but {F} said it looked like a tiny river.
 Then {F} began to giggle, and {N} giggled too.
 "Next time, ask me," said {F}. "I will," said {N}.
@@ -588,7 +588,7 @@ They felt silly and brave at the same time.
 {N} had learned to look first and be afraid later.
 Not every noise is a monster. Most of them are not.
 "Next time I will not hide," said {F}.
-{N} told {F} that every noise has a reason, one only has to find it.
+{N} told {F} that every noise has a reason. One only has to find it.
 Now they knew, and knowing makes the dark a little lighter.
 
 Soon {N} and {F} were [fast asleep|asleep], and they slept until [the sun was high|breakfast].

@@ -451,7 +451,7 @@ And there stood the {o}, all in one piece.
 From then on, {N} carried the {on} with both {hands}.
 "Now I know how to mend things," said {N}. Soon neighbors came with [cups and chairs|toys and shoes] to be fixed.
 "Mended things have a story," {F} said, and {N} liked that.
-{N} told {E} the truth about it, and {E} [was not angry|was proud of the repair].
+When {N} told the truth about it at home, {E} [was not angry|was proud of the repair].
 After that {N} kept a little pot of glue, just in case somebody needed it.
 
 @end
