@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,6 @@ class Reply:
 class Server:
     state: ServerState
     port: int
-    stopping: list[Any] = field(default_factory=list)
 
     @property
     def llm(self) -> AsyncLLM:
@@ -146,6 +145,7 @@ def serve(model: Path, **options: Any) -> Iterator[Server]:
     state.phase = READY
     app = create_app(state, build_middleware(args, state.metrics))
     listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # slow readers show soon
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="error", lifespan="off")
     server = uvicorn.Server(config)
