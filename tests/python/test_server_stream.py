@@ -391,18 +391,21 @@ def test_an_engine_failure_is_a_500_and_the_next_request_works(server: Server) -
         server.wait_for(lambda s: s["running"] == 1)
         time.sleep(0.05)
         (state,) = list(server.llm.engine.requests.values())
-        wake = server.llm._streams[state.core_id].wake
-        assert server.llm._loop is not None
-        server.llm._loop.call_soon_threadsafe(
-            lambda: (state.fail("the device is lost"), wake.set())
-        )
+        loop = server.llm._loop
+        assert loop is not None
+
+        def fail() -> None:  # as when the engine is gone
+            state.fail("the device is lost")
+            server.llm._streams[state.core_id].wake.set()
+            server.llm._release(state)
+
+        loop.call_soon_threadsafe(fail)
 
     with ThreadPoolExecutor(1) as pool:
         whole_reply = pool.submit(server.complete, **ENDLESS)
         fail_soon()
         reply = whole_reply.result()
         assert reply.status == 500 and "the device is lost" in reply.error["message"]
-        server.llm._engine.core.abort(next(iter(server.llm.engine.requests), 0))
         server.wait_idle()
         streamed = pool.submit(server.complete, **ENDLESS, stream=True)
         fail_soon()
