@@ -203,7 +203,7 @@ class ServerProcess:
     def _log_ready(self, llm: AsyncLLM) -> None:
         args, url = self._args, server_url(self._args, self._sock)
         logger.info(
-            "ready after %.2f s: model %s, %d tokens of KV cache, listening at %s",
+            "serving after %.2f s: model %s, %d tokens of KV cache, listening at %s",
             time.monotonic() - self._began,
             ", ".join(self.state.model_names),
             llm.engine.plan.num_tokens,
