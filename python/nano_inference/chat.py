@@ -64,7 +64,15 @@ _ENV = _environment()
 @lru_cache(maxsize=32)
 def _compile(template: str) -> tuple[jinja2.Template, bool]:
     """The template, and whether it iterates over the parts of a message's content."""
-    return _ENV.from_string(template), _iterates_content(_ENV.parse(template))
+    tree = _parse(template)
+    return _ENV.from_string(template), _iterates_content(tree)
+
+
+def _parse(template: str) -> jinja2.nodes.Template:
+    try:
+        return _ENV.parse(template)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"chat template: {error}") from None
 
 
 def _iterates_content(tree: jinja2.nodes.Template) -> bool:
@@ -81,13 +89,13 @@ def _iterates_content(tree: jinja2.nodes.Template) -> bool:
 @lru_cache(maxsize=32)
 def variables(template: str) -> frozenset[str]:
     """The variables that the template reads, beside those that it sets itself."""
-    return frozenset(jinja2.meta.find_undeclared_variables(_ENV.parse(template)))
+    return frozenset(jinja2.meta.find_undeclared_variables(_parse(template)))
 
 
 @lru_cache(maxsize=32)
 def mentions(template: str, word: str) -> bool:
     """Whether the template reads an attribute of this name, or has it as a string."""
-    tree = _ENV.parse(template)
+    tree = _parse(template)
     return any(node.attr == word for node in tree.find_all(jinja2.nodes.Getattr)) or any(
         node.value == word for node in tree.find_all(jinja2.nodes.Const)
     )

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import fields as dataclass_fields
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -62,7 +61,6 @@ def loaded_llm(state: ServerState) -> AsyncLLM:
     return state.llm
 
 
-@lru_cache(maxsize=1)
 def fingerprint(llm: AsyncLLM) -> str:
     """Same fingerprint and seed, same bytes: all that the numbers depend on."""
     core = llm.engine.core

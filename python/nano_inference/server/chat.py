@@ -106,8 +106,8 @@ def render(llm: AsyncLLM, request: ChatRequest | TokenizeRequest) -> str:
             "continue_final_message and add_generation_prompt exclude each other",
             "add_generation_prompt",
         )
-    variables = _variables(template, request)
     try:
+        variables = _variables(template, request)
         prompt = llm.engine.render_chat(
             [_as_dict(template, message, i) for i, message in enumerate(request.messages)],
             add_generation_prompt=generation,

@@ -32,7 +32,7 @@ _TICK = 1.0  # the supervisor looks at least so often
 _LAST_SECONDS = 1.0  # for a last word to a reader who may be stuck
 
 _JSON = [(b"content-type", b"application/json")]
-_EVENTS = [
+EVENT_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
@@ -82,7 +82,7 @@ class Exchange:
         self._submit()
         write = self._write_events() if self._answer.streams else self._write_whole()
         writer = asyncio.create_task(write)
-        gone = asyncio.create_task(_disconnect(self._receive))
+        gone = asyncio.create_task(disconnect(self._receive))
         try:
             error = await self._supervise(writer, gone)
         finally:
@@ -242,7 +242,7 @@ class Exchange:
                     continue
                 events.append(b": keep-alive\n\n")
             if not sender.status:
-                await sender.start(200, _EVENTS)
+                await sender.start(200, EVENT_HEADERS)
             await sender.body(b"".join(events), bool(running))
 
     def _check_aborted(self) -> None:
@@ -252,6 +252,7 @@ class Exchange:
                 raise unavailable("the server is shutting down")
 
 
-async def _disconnect(receive: Receive) -> None:
+async def disconnect(receive: Receive) -> None:
+    """Returns once the client is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -15,6 +14,7 @@ from ..async_llm import AsyncLLM
 from .answer import encode, loaded_llm
 from .errors import ApiError, json_response, refused
 from .state import READY, ServerState
+from .streaming import EVENT_HEADERS, disconnect
 
 POLL_SECONDS = 0.05
 _BATCH = 64  # records in one send
@@ -63,26 +63,26 @@ class _LiveTrace(Response):
         self._state, self._llm, self._next = state, llm, max(1, since)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-cache"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": EVENT_HEADERS})
         writer = asyncio.create_task(self._write(send))
-        gone = asyncio.create_task(_disconnect(receive))
+        gone = asyncio.create_task(disconnect(receive))
         try:
-            await asyncio.wait({writer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            while True:
+                ready = self._state.phase == READY
+                ended = await asyncio.wait(
+                    {writer, gone}, timeout=1.0, return_when=asyncio.FIRST_COMPLETED
+                )
+                if ended[0] or not ready:  # a reader who is stuck must not hold up a drain
+                    break
         finally:
             writer.cancel()
             gone.cancel()
-            with suppress(OSError, asyncio.CancelledError):
-                await writer
+            await asyncio.gather(writer, gone, return_exceptions=True)
 
     async def _write(self, send: Send) -> None:
         events = [b": live trace\n\n"]
         silence = 0.0
-        while self._state.phase == READY:  # it must not hold up a drain
+        while self._state.phase == READY:
             events += self._new_events()
             if events:
                 body = b"".join(events[:_BATCH])
@@ -107,8 +107,3 @@ class _LiveTrace(Response):
             self._next = record["step"] + 1
             events.append(b"data: " + encode(record) + b"\n\n")
         return events
-
-
-async def _disconnect(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
