@@ -633,6 +633,10 @@ def test_the_openapi_document_names_every_field_and_error(server: Server) -> Non
         responses = document["paths"][f"/v1/{endpoint}"]["post"]["responses"]
         assert set(responses) >= {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
 
+    limits = json.dumps(schemas["ChatRequest"]["properties"]["n"])
+    assert '"maximum": 256' in limits  # max_num_seqs
+    assert '"maximum": 260' in json.dumps(schemas["CompletionRequest"]["properties"]["prompt"])
+
     def refs(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
             yield from [node["$ref"]] if "$ref" in node else []

@@ -80,9 +80,18 @@ def _add_what_is_known(schemas: dict[str, Any], kind: type, state: ServerState) 
             properties[name] = {"enum": list(possible), "description": f"Fixed: {why}."}
     if state.llm is None:
         return
+    config = state.llm.engine.core.config
+    longest = config.max_model_len
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        _limit(properties.get(name), longest - 1)
+    _limit(properties.get("n"), config.max_num_seqs)
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        _limit(properties.get(name), min(config.max_logprobs, _top_logprobs(name)))
+    if "priority" in properties and config.policy != "priority":
+        properties["priority"] = {"enum": [None, 0], "default": None}
     largest = state.llm.engine.loaded.model_config.vocab_size - 1
     for name in ("stop_token_ids", "allowed_token_ids", "tokens", "prompt"):
-        _limit_tokens(properties.get(name), largest)
+        _limit(properties.get(name), largest)
     if "logit_bias" in properties:
         digits = {"propertyNames": {"pattern": f"^({_up_to(largest)})$"}}
         for option in properties["logit_bias"]["anyOf"]:
@@ -95,15 +104,20 @@ def _up_to(largest: int) -> str:
     return rf"0|[1-9][0-9]{{0,{max(0, len(str(largest)) - 2)}}}"
 
 
-def _limit_tokens(schema: Any, largest: int) -> None:
+def _top_logprobs(name: str) -> int:
+    return 20 if name == "top_logprobs" else 2**31 - 1  # OpenAI's limit
+
+
+def _limit(schema: Any, largest: int) -> None:
+    """Every integer in it is at most `largest`."""
     if isinstance(schema, list):
         for part in schema:
-            _limit_tokens(part, largest)
+            _limit(part, largest)
     elif isinstance(schema, dict):
         if schema.get("type") == "integer":
             schema["maximum"] = largest
         for part in schema.values():
-            _limit_tokens(part, largest)
+            _limit(part, largest)
 
 
 # -- Paths ----------------------------------------------------------------------------------------
