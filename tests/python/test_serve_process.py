@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,13 @@ ENDLESS = {"max_tokens": 190_000, "ignore_eos": True, "stream": True, "prompt": 
 class Server:
     """A server process; its log is read as it comes."""
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "nano_inference", "serve", "--port", "0", *args]
+    def __init__(
+        self,
+        *args: str,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = ("-m", "nano_inference"),
+    ) -> None:
+        command = [sys.executable, *program, "serve", "--port", "0", *args]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
         )
@@ -98,8 +103,8 @@ class Server:
 
 
 @contextmanager
-def serving(*args: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    server = Server(*args, env=env)
+def serving(*args: str, **options: Any) -> Iterator[Server]:
+    server = Server(*args, **options)
     try:
         yield server
     finally:
@@ -375,6 +380,24 @@ def test_a_second_signal_ends_at_once(model: list[str]) -> None:
         assert server.exit_code() == 128 + signal.SIGTERM
         with pytest.raises((http.client.IncompleteRead, ConnectionError)):
             response.read()
+
+
+def test_a_stuck_engine_does_not_hold_up_the_exit(model: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "stuck.py"
+    script.write_text(
+        "import threading\n"
+        "from nano_inference.async_llm import AsyncLLM\n"
+        "from nano_inference.cli import main\n"
+        "from nano_inference.server import run\n"
+        "AsyncLLM.shutdown = lambda self: threading.Event().wait()\n"
+        "run._ABORT_SECONDS = 0.2\n"
+        "main()\n"
+    )
+    with serving(*model, program=[str(script)]) as server:
+        server.wait_for("listening at")
+        server.signal(signal.SIGTERM)
+        assert server.exit_code() == 1
+        assert "a step of the engine does not end" in server.lines[-1]
 
 
 def test_idle_connections_do_not_hold_up_the_exit(model: list[str]) -> None:

@@ -35,7 +35,7 @@ logger = logging.getLogger("nano_inference.server")
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75  # more than the 60 after which common proxies drop idle connections
-_OBSERVE_SECONDS = 0.25
+_OBSERVE_SECONDS = 0.05  # often, so that each time is short
 _ABORT_SECONDS = 5.0  # for the last bytes of what was aborted, and for the step in flight
 
 
@@ -140,6 +140,7 @@ class ServerProcess:
         try:
             asyncio.set_event_loop(loop)
             loop.run_until_complete(self._serve())
+            loop.run_until_complete(_cancel_tasks())
         finally:
             self._close_engine()
             loop.close()
@@ -265,6 +266,15 @@ class ServerProcess:
         if closer.is_alive():
             logger.error("a step of the engine does not end: exiting without it")
             _exit_now(1)
+
+
+async def _cancel_tasks() -> None:
+    """What still runs when the server has shut down: handlers of clients that do not read."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=1.0)
 
 
 def _make_server(uvicorn: Any, args: ServeArgs, app: Any) -> uvicorn.Server:
