@@ -38,6 +38,8 @@ WEIGHTS = {
     "json": 1.5,
     "one_word": 1.5,
 }
+# In the second stage: whose thing is which is what the first learns last.
+SECOND_WEIGHTS = {**WEIGHTS, "one_word": 12.0}
 
 
 @dataclass(slots=True)
@@ -50,11 +52,17 @@ class Turn:
 class Writer:
     """Writes rows with one random generator, of training or of test examples."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: str, test: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        seed: str,
+        test: bool = False,
+        weights: dict[str, float] = WEIGHTS,
+    ) -> None:
         self.tokenizer, self.test = tokenizer, test
         self.rng = random.Random(seed)
         self._vocab = tokenizer.get_vocab()
-        self._skills, self._weights = list(WEIGHTS), list(WEIGHTS.values())
+        self._skills, self._weights = list(weights), list(weights.values())
         self.sentences: list[str] = []
         for _ in range(100):
             text = self.story().text
@@ -159,10 +167,13 @@ def _load(path: str) -> Tokenizer:
     return Tokenizer.from_file(path)
 
 
-def make_shard(job: tuple[str, int, bool]) -> dict[int, npt.NDArray[np.uint16]]:
-    """Shard number `index` of the training (or test) set: rows by length. The same everywhere."""
-    path, index, test = job
-    writer = Writer(_load(path), f"{'test' if test else 'train'} {index}", test)
+Job = tuple[str, str, bool, dict[str, float]]  # tokenizer, seed, test, weights of the skills
+
+
+def make_shard(job: Job) -> dict[int, npt.NDArray[np.uint16]]:
+    """A shard of the training (or test) set: rows by length. The same everywhere."""
+    path, seed, test, weights = job
+    writer = Writer(_load(path), seed, test, weights)
     return {
         length: np.stack([writer.row(length) for _ in range(rows)])
         for length, rows in SHARD_ROWS.items()
@@ -170,9 +181,15 @@ def make_shard(job: tuple[str, int, bool]) -> dict[int, npt.NDArray[np.uint16]]:
 
 
 def make_shards(
-    tokenizer: Path, first: int, count: int, workers: int, test: bool = False
+    tokenizer: Path,
+    name: str,
+    count: int,
+    workers: int,
+    test: bool = False,
+    weights: dict[str, float] = WEIGHTS,
 ) -> dict[int, npt.NDArray[np.uint16]]:
-    jobs = [(str(tokenizer), first + i, test) for i in range(count)]
+    """Shards "name 0", "name 1", … as one."""
+    jobs = [(str(tokenizer), f"{name} {i}", test, weights) for i in range(count)]
     if workers <= 1:
         shards = [make_shard(job) for job in jobs]
     else:

@@ -6,7 +6,7 @@ import json
 import math
 from pathlib import Path
 
-_COLOURS = ("#1f6feb", "#d1481e")
+_COLOURS = ("#1f6feb", "#d1481e", "#2f9e44")
 
 
 def plot(logs: list[Path], out: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .data import LEARN
@@ -88,11 +89,16 @@ def train(
     schedule: Schedule,
     log: Path,
     device: str,
+    start: Path | None = None,
     teacher: Llama | None = None,
 ) -> Llama:
+    """Trains a new model, or goes on with one that was exported to `start`."""
     torch.manual_seed(schedule.seed)
+    torch.compiler.reset()  # each stage compiles a graph for every length, and the number is limited
     torch.set_float32_matmul_precision("high")
     model = Llama(config).to(device)
+    if start is not None:
+        model.load_state_dict(load_file(start / "model.safetensors"))
     on_gpu = device.startswith("cuda")
     data = {t: torch.from_numpy(r.view(np.int16)).to(device).int() for t, r in rows.items()}
     held = {t: torch.from_numpy(r.view(np.int16)).to(device).int() for t, r in test.items()}
