@@ -26,6 +26,7 @@ def export(model: Llama, config: Config, folder: Path) -> None:
         "do_sample": True,
         "temperature": 0.7,
         "top_p": 0.95,
+        "max_new_tokens": 512,  # a story's length
     }
     for name, content in (("config", config.to_hf()), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -94,7 +94,7 @@ def train(
 ) -> Llama:
     """Trains a new model, or goes on with one that was exported to `start`."""
     torch.manual_seed(schedule.seed)
-    torch.compiler.reset()  # each stage compiles a graph for every length, and the number is limited
+    torch.compiler.reset()  # a graph for every length, and the number of graphs is limited
     torch.set_float32_matmul_precision("high")
     model = Llama(config).to(device)
     if start is not None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from . import _core
-from .engine import EngineAccess, LoadedEngine, Messages, PreparedRequest, Prompt
+from .engine import EngineAccess, LoadedEngine, Messages, PreparedRequest, Prompt, model_or_default
 from .engine_args import EngineArgs
 from .outputs import RequestOutput
 from .request import RequestState
@@ -35,8 +35,8 @@ class AsyncLLM(EngineAccess):
     the event loop's thread, where all requests live.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
-        self._start(EngineArgs(model=model, **options))
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self._start(EngineArgs(model=model_or_default(model), **options))
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> AsyncLLM:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from .default_model import DEFAULT_MODEL_NOTICE, default_model
+from . import bundled
 from .sizes import parse_size
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ DEBUG = click.option(
 MODEL = click.option(
     "--model",
     metavar="FOLDER|NAME",
-    help="Folder of a Hugging Face model, or its name on the hub. Without it a tiny random model "
-    "runs, whose text means nothing.",
+    help="Folder of a Hugging Face model, its name on the hub, or a bundled one: "
+    f"{', '.join(bundled.MODELS)}.  [{bundled.DEFAULT}]",
 )
 SHAPE_OPTIONS = options(
     MODEL,
@@ -475,8 +475,8 @@ def _load(given: dict[str, Any], max_logprobs: int = 0) -> LLM:
 
     chosen = _engine_options(given)
     if "model" not in chosen:
-        chosen["model"] = default_model()
-        click.echo(DEFAULT_MODEL_NOTICE, err=True)
+        chosen["model"] = bundled.DEFAULT
+        click.echo(bundled.NOTICE, err=True)
     chosen["use_tqdm_on_load"] = sys.stderr.isatty()
     chosen["max_logprobs"] = max_logprobs
     return LLM(**chosen, seed=None)  # without --seed, another answer each time

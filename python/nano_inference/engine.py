@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import _core, hub, loader
+from . import _core, bundled, hub, loader
 from .config import LoadedConfig, load_model
 from .engine_args import EngineArgs, MemoryPlan, gigabytes, plan_engine
 from .request import RequestState
@@ -36,6 +36,14 @@ _CHAT_ARGUMENTS = (
     "tokenize",
 )
 _LOG_SECONDS = 10.0
+
+
+def model_or_default(model: str | None) -> str:
+    """The bundled model where none is named; the log says so."""
+    if model is not None:
+        return model
+    logger.warning(bundled.NOTICE)
+    return bundled.DEFAULT
 
 
 class LoadedEngine:

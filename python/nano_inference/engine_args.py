@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from . import _core
+from .bundled import DEFAULT
 from .config import DTYPES, LoadedConfig
 from .validation import (
     NamedFields,
@@ -49,8 +50,9 @@ class EngineArgs(metaclass=NamedFields):
 
     FIXED: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = _FIXED
 
-    model: str
-    """A folder with config.json, weights and tokenizer.json, or a name on the Hugging Face hub."""
+    model: str = DEFAULT
+    """A folder with config.json, weights and tokenizer.json, a name on the Hugging Face hub, or a
+    bundled model."""
     tokenizer: str | None = None
     """Folder or hub name of another tokenizer."""
     skip_tokenizer_init: bool = False

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .bundled import bundled_model
+
 CONFIG_FILES = ["*.json", "*.jinja"]
 SAFETENSORS = ["model*.safetensors"]
 TORCH_BIN = ["pytorch_model*.bin"]
@@ -21,11 +23,14 @@ def resolve_model(
     token: str | bool | None = None,
     need_weights: bool = True,
 ) -> Path:
-    """The model's folder. A hub name is downloaded once into the cache (or `download_dir`), with
-    huggingface_hub's progress bars; HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured."""
+    """The model's folder: itself, a bundled model's, or one of the hub's. A hub name is downloaded
+    once into the cache (or `download_dir`), with huggingface_hub's progress bars; HF_ENDPOINT,
+    HF_TOKEN and HF_HUB_OFFLINE are honoured."""
     folder = Path(model).expanduser()
     if model and folder.is_dir():
         return folder
+    if (bundled := bundled_model(model)) is not None:
+        return bundled
     if model and folder.exists():
         raise ValueError(f"{model!r} is a file; give the folder that holds config.json")
     if not HUB_NAME.fullmatch(model) or ".." in model or "--" in model:

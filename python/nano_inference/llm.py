@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from .engine import EngineAccess, LoadedEngine, Messages, PreparedRequest, Prompt
+from .engine import EngineAccess, LoadedEngine, Messages, PreparedRequest, Prompt, model_or_default
 from .engine_args import EngineArgs
 from .outputs import RequestOutput
 from .request import RequestState
@@ -20,13 +20,13 @@ _WAIT_SECONDS = 0.1  # how long Ctrl-C may have to wait
 class LLM(EngineAccess):
     """A model that generates, as in vLLM.
 
-    LLM(model, *, dtype="auto", max_model_len=None, ...): the options are EngineArgs' fields. The
-    model is loaded and ready when the constructor returns. close() (or leaving a `with` block)
-    stops the engine.
+    LLM(model=None, *, dtype="auto", max_model_len=None, ...): the options are EngineArgs' fields.
+    Without a model the bundled one runs, and a line in the log says so. The model is loaded and
+    ready when the constructor returns. close() (or leaving a `with` block) stops the engine.
     """
 
-    def __init__(self, model: str, **options: Any) -> None:
-        self._engine = LoadedEngine(EngineArgs(model=model, **options))
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        self._engine = LoadedEngine(EngineArgs(model=model_or_default(model), **options))
         self._lock = threading.Lock()  # one thread at a time reads the engine's outputs
         self._bars: dict[int, Any] = {}  # progress bars, by the engine's number of the request
 

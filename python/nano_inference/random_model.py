@@ -1,20 +1,15 @@
-"""A tiny Llama with random weights and a tokenizer of bytes: enough to run everything with no model
-at hand. Its text means nothing."""
+"""A tiny Llama with random weights and a tokenizer of bytes, to try and test things with. Its text
+means nothing."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-VERSION = 1  # of the files' contents
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -24,29 +19,6 @@ CHAT_TEMPLATE = (
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-
-
-def cached_random_model() -> Path:
-    """The model's folder, made at the first call: in the user's cache, else in a temporary one."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nano-inference"
-    name = f"tiny-random-llama-v{VERSION}"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        cache = Path(tempfile.gettempdir()) / f"nano-inference-{os.getuid()}"
-        cache.mkdir(mode=0o700, exist_ok=True)
-    folder = cache / name
-    if not (folder / "config.json").is_file():
-        # Made aside and renamed: another process never sees half a model.
-        with tempfile.TemporaryDirectory(dir=cache) as aside:
-            write_random_model(Path(aside) / name)
-            shutil.rmtree(folder, ignore_errors=True)
-            try:
-                os.rename(Path(aside) / name, folder)
-            except OSError:
-                if not (folder / "config.json").is_file():  # nobody else was faster
-                    raise
-    return folder
 
 
 def write_random_model(folder: str | Path, *, seed: int = 0, **config: Any) -> Path:

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from nano_inference import LLM, SamplingParams, __version__
+from nano_inference import LLM, SamplingParams, __version__, bundled
 from nano_inference.cli import main
 
-RANDOM_MODEL = "no --model given: using a tiny random model; its text means nothing\n"
+NOTICE = bundled.NOTICE + "\n"
 
 
 def invoke(*args: str, stdin: str | None = None) -> Result:
@@ -31,7 +31,7 @@ def popen(*args: str, **options: Any) -> subprocess.Popen[str]:
 
 def one_error_line(result: Result, *words: str) -> None:
     assert result.stdout == ""
-    lines = result.stderr.removeprefix(RANDOM_MODEL).splitlines()
+    lines = result.stderr.removeprefix(NOTICE).splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
     for word in words:
         assert word in lines[0]
@@ -237,24 +237,12 @@ def test_failures_while_running_exit_with_1(
         assert (result.exit_code, result.stderr) == (1, line + "\n")
 
 
-def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = ["generate", "abc", "--max-tokens", "8", "--temperature", "0"]
-    first, second = invoke(*command), invoke(*command)
-    assert first.exit_code == 0 and first.stderr == RANDOM_MODEL
-    assert first.stdout == second.stdout and len(first.stdout) > 1
-    (folder,) = (tmp_path / "nano-inference").iterdir()
-    assert (folder / "config.json").is_file()
-
-
-def test_without_a_model_and_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nano_inference import random_model
-
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(random_model.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(random_model.tempfile, "tempdir", str(tmp_path))
-    assert random_model.cached_random_model().parent.parent == tmp_path
+def test_without_a_model() -> None:
+    command = ["generate", "Once upon a time", "--max-tokens", "8", "--temperature", "0"]
+    result = invoke(*command)
+    assert result.exit_code == 0 and result.stderr == NOTICE
+    named = invoke(*command, "--model", bundled.DEFAULT)
+    assert named.stdout == result.stdout and named.stderr == ""
 
 
 # -- chat -----------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ def test_wheel_contents(wheel) -> None:
             if line.startswith("Requires-Dist:") and "extra ==" not in line
         ]
     assert {"nano_inference/py.typed", "nano_inference/_core.pyi"} <= names
+    assert "nano_inference/bundled/nano-5m/model.safetensors" in names
+    assert "nano_inference/bundled/nano-5m-draft/model.safetensors" in names
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
     assert sum(n.startswith("nano_inference/_core.") and n.endswith(".so") for n in names) == 1
     stray = [n for n in names if not n.startswith(("nano_inference/", "nano_inference-"))]

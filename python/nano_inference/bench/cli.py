@@ -397,15 +397,15 @@ def latency(**given: Any) -> None:
 
 
 def _llm(given: dict[str, Any], **more: Any) -> LLM:
-    from ..default_model import DEFAULT_MODEL_NOTICE, default_model
+    from .. import bundled
     from ..llm import LLM
 
     if given["save"] is not None and not given["save"].resolve().parent.is_dir():
         raise click.UsageError(f"--save: there is no folder {given['save'].parent}")
     chosen = {name: given[name] for name in _ENGINE_NAMES if given[name] is not None}
     if "model" not in chosen:
-        chosen["model"] = default_model()
-        click.echo(DEFAULT_MODEL_NOTICE, err=True)
+        chosen["model"] = bundled.DEFAULT
+        click.echo(bundled.NOTICE, err=True)
     return LLM(**chosen, **more, use_tqdm_on_load=sys.stderr.isatty())
 
 

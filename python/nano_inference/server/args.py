@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..default_model import DEFAULT_MODEL_NAME, default_model
+from ..bundled import DEFAULT
 from ..sizes import parse_size
 from ..validation import (
     NamedFields,
@@ -170,7 +170,7 @@ class ServeArgs(metaclass=NamedFields):
     model: str | None = option(
         "Model",
         "Folder of a Hugging Face model, or its name on the hub.",
-        unset="a tiny random model, whose text means nothing",
+        unset="the bundled nano-5m",
     )
     served_model_name: list[str] = option(
         "Model",
@@ -386,7 +386,7 @@ class ServeArgs(metaclass=NamedFields):
     @property
     def model_names(self) -> list[str]:
         """What requests may say for `model`; the first is what responses say."""
-        return self.served_model_name or [self.model or DEFAULT_MODEL_NAME]
+        return self.served_model_name or [self.model or DEFAULT]
 
     @property
     def api_keys(self) -> list[str]:
@@ -407,7 +407,7 @@ class ServeArgs(metaclass=NamedFields):
             check_choice("isa", self.isa, _core.cpu_isas())
         mine = {f.name for f in dataclasses.fields(EngineArgs)} & OPTIONS.keys()
         options = {name: getattr(self, name) for name in mine}
-        options["model"] = self.model or default_model()
+        options["model"] = self.model or DEFAULT
         return EngineArgs(use_tqdm_on_load=False, **options)
 
 
@@ -456,11 +456,7 @@ def load_args(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServeArgs
     given |= _from_flags(flags)
     try:
         args = ServeArgs(**{name: entry.value for name, entry in given.items()})
-        if args.model is None:
-            # The default model's folder may have to be made; its name is all that is needed here.
-            dataclasses.replace(args, model=DEFAULT_MODEL_NAME).engine_args()
-        else:
-            args.engine_args()
+        args.engine_args()
     except ValueError as error:
         raise ValueError(_with_sources(str(error), given)) from None
     return args

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..default_model import DEFAULT_MODEL_NOTICE
+from .. import bundled
 from .args import ServeArgs, unknown_variables
 from .logs import setup_logging
 from .state import DRAINING, FAILED, READY, ServerState
@@ -172,7 +172,7 @@ class ServerProcess:
             from ..async_llm import AsyncLLM
 
             if self._args.model is None:
-                logger.warning(DEFAULT_MODEL_NOTICE)
+                logger.warning(bundled.NOTICE)
             llm = AsyncLLM.from_engine_args(self._args.engine_args())
         except BaseException as error:
             logger.debug("loading failed", exc_info=True)
