@@ -72,6 +72,8 @@ class Server:
         """body: bytes as they are, all else as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        if body is not None:
+            headers = {"Content-Type": "application/json", **headers}
         try:
             connection.request(method, path, raw, headers)
             response = connection.getresponse()
@@ -93,16 +95,18 @@ class Server:
         body.setdefault("messages", [{"role": "user", "content": content}])
         return self.post("/v1/chat/completions", body)
 
-    def raw(self, path: str, body: Any, receive_buffer: int = 0) -> socket.socket:
-        """A connection that has sent a request and read nothing."""
+    def raw(self, path: str, body: Any, receive_buffer: int = 0, unsent: int = 0) -> socket.socket:
+        """A connection that has sent a request, but for the last bytes, and read nothing."""
         data = json.dumps(body).encode()
         client = socket.socket()
         if receive_buffer:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         client.settimeout(60)
         client.connect(("127.0.0.1", self.port))
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-        client.sendall(head.encode() + data)
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
+        client.sendall(
+            f"{head}Content-Type: application/json\r\n\r\n".encode() + data[: len(data) - unsent]
+        )
         return client
 
     def wait_for(self, what: Any) -> dict[str, Any]:

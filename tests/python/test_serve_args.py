@@ -196,16 +196,16 @@ def test_unknown_names_are_refused() -> None:
 
 
 def test_model_names() -> None:
-    assert ServeArgs().model_names == ["tiny-random-llama"]
+    assert ServeArgs().model_names == ["nano-5m"]
     assert ServeArgs(model="org/name").model_names == ["org/name"]
     assert ServeArgs(model="m", served_model_name=["a", "b"]).model_names == ["a", "b"]
 
 
 def test_keys_of_flags_and_file(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("# of the team\nsecond\n\n third # until May\n")
+    file.write_text("# of the team\nse#cond\n\n third # until May\n\t# no key\n")
     args = ServeArgs(api_key=["first"], api_key_file=str(file), hf_token="hf-secret")
-    assert args.api_keys == ["first", "second", "third"]
+    assert args.api_keys == ["first", "se#cond", "third"]
     assert "first" not in repr(args) and "hf-secret" not in repr(args)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 
+JSON = {"Content-Type": "application/json"}
 ENDLESS = {"max_tokens": 190_000, "ignore_eos": True, "stream": True, "prompt": "abc"}
 
 
@@ -78,7 +79,7 @@ class Server:
         connection = self.connect()
         data = None if body is None else json.dumps(body)
         method = method or ("GET" if body is None else "POST")
-        connection.request(method, path, data, headers or {})
+        connection.request(method, path, data, {**JSON, **(headers or {})})
         response = connection.getresponse()
         answer = response.read()
         connection.close()
@@ -87,7 +88,8 @@ class Server:
     def start_stream(self, **changes: Any) -> http.client.HTTPResponse:
         """A completion that has sent its first tokens."""
         response_of = self.connect()
-        response_of.request("POST", "/v1/completions", json.dumps({**ENDLESS, **changes}))
+        body = json.dumps({**ENDLESS, **changes})
+        response_of.request("POST", "/v1/completions", body, JSON)
         response = response_of.getresponse()
         assert response.status == 200
         assert response.readline().startswith(b"data: ")
@@ -218,7 +220,7 @@ def test_health_while_loading(endless_model_dir: Path, tmp_path: Path) -> None:
             response = connection.getresponse()
             assert response.status == 503
             assert "loading" in json.loads(response.read())["error"]["message"]
-        connection.request("POST", "/v1/completions", json.dumps(ENDLESS))
+        connection.request("POST", "/v1/completions", json.dumps(ENDLESS), JSON)
         response = connection.getresponse()
         assert response.status == 503 and response.getheader("Retry-After")
         response.read()
@@ -407,7 +409,8 @@ def test_idle_connections_do_not_hold_up_the_exit(model: list[str]) -> None:
         idle.getresponse().read()
         half_sent = socket.create_connection(("127.0.0.1", server.port))
         half_sent.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n"
+            b"Content-Type: application/json\r\n\r\n{"
         )
         trace = server.connect()
         trace.request("GET", "/v1/engine/trace/stream")

@@ -191,7 +191,7 @@ COMPLETION: dict[str, Row] = {
     "max_tokens": Row(3, lambda a, b: usage(a)["completion_tokens"] == 12
                       and usage(b)["completion_tokens"] == 3, [0, -1, 2048, *NO_INT]),
     "logprobs": Row(3, reads_logprobs, [-2, 21, *NO_INT]),
-    "best_of": Row(1, same, [2, 0, *NO_INT]),
+    "best_of": Row(3, lambda a, b: usage(b)["completion_tokens"] == 36, [0, 257, *NO_INT]),
     "echo": Row(True, lambda a, b: texts(b) == ["an example" + texts(a)[0]], NO_BOOL),
     "prompt_logprobs": Row(
         1,
@@ -376,6 +376,8 @@ def test_fields_that_need_others(server: Server) -> None:
     assert param(server.complete(prompt="x", stream_options={})) == "stream_options"
     assert param(server.complete(prompt="x", stream=True, prompt_logprobs=1)) == "prompt_logprobs"
     assert param(server.complete(prompt="x", max_tokens=0)) == "max_tokens"
+    assert param(server.complete(prompt="x", n=3, best_of=2)) == "best_of"
+    assert param(server.complete(prompt="x", best_of=2, stream=True)) == "best_of"
     assert param(server.chat(top_logprobs=2)) == "top_logprobs"
     assert param(server.chat(echo=True)) == "echo"
     assert param(server.chat(max_tokens=2, max_completion_tokens=3)) == "max_tokens"
@@ -384,6 +386,26 @@ def test_fields_that_need_others(server: Server) -> None:
 
 
 # -- Bodies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+        "application/js",
+    ],
+)
+def test_only_json_is_taken(server: Server, path: str, kind: str) -> None:
+    """All that a page elsewhere can send without a preflight is refused."""
+    body = b'{"prompt": "x"}'
+    reply = server.call("POST", path, body, **{"Content-Type": kind})
+    assert reply.status == 415 and "application/json" in reply.error["message"]
+    for name in ("application/json; charset=utf-8", "Application/JSON"):
+        assert server.call("POST", path, body, **{"Content-Type": name}).status == 200
 
 
 @pytest.mark.parametrize(
@@ -437,6 +459,22 @@ def test_one_impossible_prompt_of_several(server: Server) -> None:
     assert reply.status == 400 and reply.error["code"] == "context_length_exceeded"
     assert reply.error["param"] == "prompt[1]" and "prompt 1:" in reply.error["message"]
     assert server.llm.stats["received"] == before
+
+
+def test_best_of_returns_the_likeliest(server: Server) -> None:
+    body = {"prompt": ["an example", "others"], "seed": 7, "max_tokens": 5, "temperature": 1.5}
+    of_all = server.complete(**body, n=6, logprobs=0).json
+    best = server.complete(**body, n=2, best_of=6, echo=True).json
+    assert best["usage"]["completion_tokens"] == of_all["usage"]["completion_tokens"]
+    assert [c["index"] for c in best["choices"]] == [0, 1, 2, 3]
+    for i, prompt in enumerate(body["prompt"]):
+        ranked = sorted(
+            of_all["choices"][6 * i : 6 * i + 6],
+            key=lambda c: -sum(c["logprobs"]["token_logprobs"]) / len(c["logprobs"]["tokens"]),
+        )
+        found = best["choices"][2 * i : 2 * i + 2]
+        assert [c["text"] for c in found] == [prompt + c["text"] for c in ranked[:2]]
+        assert all(c["logprobs"] is None for c in found)
 
 
 def test_no_prompt_begins_a_document(server: Server) -> None:
@@ -569,6 +607,7 @@ def test_models(server: Server) -> None:
 def test_routes_and_methods(server: Server) -> None:
     assert server.get("/nothing").error["message"].startswith("there is no GET /nothing")
     assert server.get("/nothing").status == 404
+    assert server.get("//nothing/x").error["message"].startswith("there is no GET //nothing/x")
     wrong = server.get("/v1/completions")
     assert wrong.status == 405 and wrong.error["param"] is None and wrong.headers["allow"] == "POST"
     assert server.post("/health", {}).status == 405

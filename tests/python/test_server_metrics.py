@@ -117,7 +117,7 @@ def test_times_of_a_request() -> None:
     assert found["time_to_first_token_seconds_sum"] == 2.0
     assert found["e2e_request_latency_seconds_sum"] == 6.0
     # two choices of 4 tokens: 3 s for 3 gaps
-    assert found["time_per_output_token_seconds_sum"] == pytest.approx(1.0)
+    assert found["request_time_per_output_token_seconds_sum"] == pytest.approx(1.0)
     assert found["request_prompt_tokens_sum"] == 30
     assert found["request_generation_tokens_sum"] == 8
     assert found["request_cached_tokens_sum"] == 16
@@ -141,7 +141,7 @@ def test_one_token_has_no_time_between_tokens() -> None:
     metrics = Metrics()
     metrics.request_started("e")
     metrics.request_finished("e", 200, ["length"], REQUEST, 3, 1)
-    assert samples(metrics)["time_per_output_token_seconds_count"] == 0
+    assert samples(metrics)["request_time_per_output_token_seconds_count"] == 0
 
 
 def test_tokens_sent_together_share_their_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shlex
 import socket
 import time
 from collections.abc import Iterable
@@ -441,7 +442,9 @@ def test_root_path(prefix: str) -> None:
 def health_with(phase: str = READY, timeout: float = 5.0, **stats: Any) -> str | None:
     idle = {"healthy": True, "running": 0, "waiting": 0, "last_step_time": 0.0, "busy_since": 0.0}
     args = ServeArgs(health_timeout=timeout)
-    state = ServerState(args, Metrics(), SimpleNamespace(stats={**idle, **stats}), phase)  # type: ignore[arg-type]
+    stats = {**idle, **stats}
+    llm = SimpleNamespace(stats=stats, is_healthy=stats["healthy"])
+    state = ServerState(args, Metrics(), llm, phase)  # type: ignore[arg-type]
     return state.unhealthy_because()
 
 
@@ -527,9 +530,12 @@ def test_the_example_request() -> None:
     url = "http://127.0.0.1:8000"
     text = example_request(ServeArgs(), url, "it's", chat=True)
     assert text.startswith(f"curl {url}/v1/chat/completions -H 'Content-Type")
-    assert "it'\\''s" in text and '"messages"' in text
-    args = ServeArgs(api_key=["k123"], ssl_certfile=__file__, uds="/run/s")
+    assert json.loads(shlex.split(text)[-1])["model"] == "it's" and '"messages"' in text
+    args = ServeArgs(api_key=["k123"], ssl_certfile=__file__, uds="/run/a socket")
     text = example_request(args, "https://localhost", "m", chat=False)
     assert "https://localhost/v1/completions" in text and '"prompt"' in text
-    assert f"--cacert {__file__}" in text and "--unix-socket /run/s" in text
+    assert shlex.split(text)[1:5] == [
+        "https://localhost/v1/completions", "--unix-socket", "/run/a socket", "--cacert"
+    ]  # fmt: skip
+    assert f"--cacert {__file__}" in text
     assert '"Authorization: Bearer $API_KEY"' in text and "k123" not in text

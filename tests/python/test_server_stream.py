@@ -361,6 +361,8 @@ def test_request_timeout(endless_model_dir: Path) -> None:
         *_, last, rest = stream.body.decode().split("\n\n")
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
         assert rest == "" and "[DONE]" not in stream.body.decode()
+        with server.raw("/v1/completions", {"prompt": "x"}, unsent=1) as slow:  # of the body
+            assert slow.recv(20).startswith(b"HTTP/1.1 504")
         server.wait_idle()
         assert server.complete(prompt="x", max_tokens=2).status == 200
 
@@ -448,6 +450,10 @@ def test_the_engines_end_is_no_answer(endless_model_dir: Path) -> None:
         server.wait_for(lambda s: s["running"] == 2 and s["generated_tokens"] > 4)
         server.llm.shutdown()
         assert plain.recv(20).startswith(b"HTTP/1.1 503")
+        later = server.complete(prompt="x")
+        assert later.status == 503 and later.headers["retry-after"] and later.error["code"]
+        assert "the engine has stopped" in server.get("/health").error["message"]
+        assert b"engine_healthy 0.0" in server.get("/metrics").body
         streamed.settimeout(30)
         found = ""
         while '"error"' not in found:

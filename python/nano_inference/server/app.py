@@ -71,7 +71,7 @@ async def _api_error(request: Request, error: Any) -> Response:
 
 async def _http_error(request: Request, error: Any) -> Response:
     """Starlette's own: no such route, wrong method."""
-    message, method, path = error.detail, request.method, request.url.path
+    message, method, path = error.detail, request.method, request.scope["path"]
     if error.status_code == 404:
         message = f"there is no {method} {path} (see /openapi.json)"
     elif error.status_code == 405:

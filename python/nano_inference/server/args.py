@@ -299,7 +299,9 @@ class ServeArgs(metaclass=NamedFields):
         secret=True,
     )
     api_key_file: str | None = option(
-        "Security", "File of keys, one a line; # starts a comment.", unset=_NONE
+        "Security",
+        "File of keys, one a line; # starts a comment, after a space or first in the line.",
+        unset=_NONE,
     )
     ssl_certfile: str | None = option(
         "Security", "Certificate (PEM, with its chain): serve HTTPS.", unset="plain HTTP"
@@ -389,12 +391,16 @@ class ServeArgs(metaclass=NamedFields):
         return self.served_model_name or [self.model or DEFAULT]
 
     @property
+    def asks_for_key(self) -> bool:
+        return bool(self.api_key or self.api_key_file)
+
+    @property
     def api_keys(self) -> list[str]:
         """Of api_key and api_key_file."""
         keys = list(self.api_key)
         if self.api_key_file is not None:
             for line in Path(self.api_key_file).read_text(encoding="utf-8").splitlines():
-                if key := line.partition("#")[0].strip():
+                if key := re.split(r"(?:^|\s)#", line)[0].strip():
                     keys.append(key)
         return keys
 

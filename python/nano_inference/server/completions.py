@@ -46,7 +46,11 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
         more["logprobs"] = request.logprobs
         if request.echo:
             more["prompt_logprobs"] = request.logprobs
-    params = sampling_params(llm, request, _NAMES, **more)
+    names = _NAMES
+    if (best_of := request.best_of or 0) > answer.n:
+        names = {**_NAMES, "n": "best_of"}
+        more |= {"n": best_of, "logprobs": request.logprobs or 0}
+    params = sampling_params(llm, request, names, **more)
     if request.prompt_logprobs is not None:  # both wish some: the larger number serves both
         params.prompt_logprobs = _larger(params.prompt_logprobs, request.prompt_logprobs)
     for i, prompt in enumerate(prompts):
@@ -57,7 +61,7 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
                 prompt,
                 params,
                 f"{answer.id}-{i}",
-                _NAMES,
+                names,
                 add_special_tokens=request.add_special_tokens is not False,
                 asked_tokens=asked,
             )
@@ -72,8 +76,10 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
 def _check(request: CompletionRequest) -> None:
     check_stream_options(request)
     n = request.n or 1
-    if request.best_of not in (None, n):
-        raise refused(f"best_of must be n ({n}): all choices are returned", "best_of")
+    if request.best_of is not None and request.best_of < n:
+        raise refused(f"best_of must be at least n ({n}), got {request.best_of}", "best_of")
+    if request.stream and (request.best_of or n) > n:
+        raise refused("best_of is known at the end only: it needs stream to be off", "best_of")
     if request.max_tokens == 0 and not request.echo:
         raise refused("max_tokens must be at least 1 (0 needs echo)", "max_tokens")
 
@@ -111,21 +117,13 @@ class CompletionAnswer(Answer):
     def __init__(self, state: ServerState, llm: AsyncLLM, request: CompletionRequest) -> None:
         super().__init__(state, llm, request)
         self._choices: dict[int, _Choice] = {}
-        self._prompt_scores: dict[int, list[Scores | None]] = {}  # of echo, by request
-
-    def add(self, index: int, choice: CompletionOutput, output: RequestOutput) -> _Choice:
-        """Adds what is new of a choice to what was there before."""
-        number = index // self.n
-        if index not in self._choices:
-            self._choices[index] = _Choice(self, index)
-        if output.prompt_logprobs and choice.index == 0:
-            self._prompt_scores.setdefault(number, []).extend(output.prompt_logprobs)
-        return self._choices[index]
 
     def add_choice(
         self, index: int, choice: CompletionOutput, output: RequestOutput, found: list[bytes]
     ) -> None:
-        mine = self.add(index, choice, output)
+        if index not in self._choices:
+            self._choices[index] = _Choice(self, index)
+        mine = self._choices[index]
         if mine.done or (not choice.token_ids and not choice.finished()):
             return
         text, logprobs = mine.take(choice)
@@ -140,8 +138,8 @@ class CompletionAnswer(Answer):
     def completion(self, outputs: list[RequestOutput]) -> msgspec.Struct:
         choices = []
         for i, output in enumerate(outputs):
-            for choice in output.outputs:
-                mine = self.add(i * self.n + choice.index, choice, output)
+            for rank, choice in enumerate(self._best(output.outputs)):
+                mine = _Choice(self, i * self.n + rank)
                 result = mine.result(*mine.take(choice), choice)
                 top = self.request.prompt_logprobs
                 if top is not None and output.prompt_logprobs is not None:
@@ -157,19 +155,25 @@ class CompletionAnswer(Answer):
             self.service_tier,
         )
 
+    def _best(self, choices: list[CompletionOutput]) -> list[CompletionOutput]:
+        if len(choices) == self.n:
+            return choices
+        per_token = [(c.cumulative_logprob or 0.0) / len(c.token_ids) for c in choices]
+        ranked = sorted(choices, key=lambda c: per_token[c.index], reverse=True)
+        return ranked[: self.n]
+
     @property
     def completion_tokens(self) -> int:
         # For max_tokens=0 the engine makes one token; nobody sees it.
         return 0 if self.request.max_tokens == 0 else super().completion_tokens
 
     def echo(self, index: int) -> tuple[str, list[int], list[Scores | None]]:
-        """Text, tokens and logprobs of a choice's prompt."""
+        """Text, tokens and logprobs of a choice's prompt; all are there before its first token."""
         state = self.requests[index // self.n].state
         text = state.prompt
         if text is None and self.tokenizer is not None:
             text = self.tokenizer.decode(state.prompt_token_ids, state.params.skip_special_tokens)
-        scores = self._prompt_scores.get(index // self.n, [])
-        return text or "", state.prompt_token_ids, scores
+        return text or "", state.prompt_token_ids, state.prompt_logprobs or []
 
 
 class _Choice:

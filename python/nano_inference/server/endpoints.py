@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -10,13 +11,23 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from .answer import Answer
-from .errors import ApiError
+from .errors import ApiError, timed_out
 from .streaming import CLIENT_GONE, Exchange
 
 if TYPE_CHECKING:
     from .state import ServerState
 
 Reader = Callable[["ServerState", bytes], Awaitable[Answer]]
+
+
+async def json_body(request: Request) -> bytes:
+    """415 unless it is called JSON: other types a web page may send to any server, those on its
+    reader's own machine included, without asking (no CORS preflight)."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        said = f"not {kind[:100]!r}" if kind else "and there is none"
+        raise ApiError(415, f"the Content-Type must be application/json, {said}")
+    return await request.body()
 
 
 class CompletionEndpoint:
@@ -29,7 +40,10 @@ class CompletionEndpoint:
         began = time.monotonic()
         state: ServerState = scope["app"].state.server
         try:
-            body = await Request(scope, receive).body()
+            limit = state.args.request_timeout
+            body = await asyncio.wait_for(json_body(Request(scope, receive)), limit)
+        except asyncio.TimeoutError:
+            raise timed_out(limit or 0.0) from None
         except ClientDisconnect:
             return
         state.in_flight += 1

@@ -41,7 +41,7 @@ _STEP = (0.0001, 0.00025, 0.0005, *_SHORT, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
     "request_queue_time_seconds": (_QUEUE, "From arrival until the first step of a request."),
     "time_to_first_token_seconds": (_SECONDS, "From arrival until the first token."),
-    "time_per_output_token_seconds": (
+    "request_time_per_output_token_seconds": (
         _SECONDS,
         "Mean time between the tokens of a request, the first one left out.",
     ),
@@ -194,7 +194,7 @@ class Metrics(Collector):
             of["time_to_first_token_seconds"].observe(m.first_token_time - m.arrival_time)
             if m.last_token_time is not None and tokens > 1:
                 mean = (m.last_token_time - m.first_token_time) / (tokens - 1)
-                of["time_per_output_token_seconds"].observe(mean)
+                of["request_time_per_output_token_seconds"].observe(mean)
         if m.finished_time is not None:
             of["e2e_request_latency_seconds"].observe(m.finished_time - m.arrival_time)
 
@@ -249,7 +249,7 @@ class Metrics(Collector):
         )
         yield self._build_info()
         if self._llm is not None:
-            yield from _engine_families(self._llm.stats)
+            yield from _engine_families({**self._llm.stats, "healthy": self._llm.is_healthy})
 
     def _build_info(self) -> InfoMetricFamily:
         from .. import __version__

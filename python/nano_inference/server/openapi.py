@@ -35,6 +35,7 @@ _ERRORS = {
     404: "There is no such model or route",
     405: "The route does not take this method",
     413: "The body is too large",
+    415: "The body is not called application/json",
     429: "The queue is full; see Retry-After",
     500: "The engine or the server failed",
     503: "Loading, draining or unhealthy; see Retry-After",
@@ -42,7 +43,8 @@ _ERRORS = {
 }
 _QUICK = (401, 405, 413, 500)
 _READS = (400, 404, 503, *_QUICK)
-_GENERATES = (429, 504, *_READS)
+_TAKES = (415, *_READS)
+_GENERATES = (429, 504, *_TAKES)
 _EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
@@ -64,7 +66,7 @@ def openapi_document(state: ServerState, root_path: str = "") -> dict[str, Any]:
     }
     if root_path:
         document["servers"] = [{"url": root_path}]
-    if state.args.api_keys:
+    if state.args.asks_for_key:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"key": []}]
         document["paths"]["/health"]["get"]["security"] = []
@@ -84,7 +86,8 @@ def _add_what_is_known(schemas: dict[str, Any], kind: type, state: ServerState) 
     longest = config.max_model_len
     for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
         _limit(properties.get(name), longest - 1)
-    _limit(properties.get("n"), config.max_num_seqs)
+    for name in ("n", "best_of"):
+        _limit(properties.get(name), config.max_num_seqs)
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         _limit(properties.get(name), min(config.max_logprobs, _top_logprobs(name)))
     if "priority" in properties and config.policy != "priority":
@@ -197,11 +200,11 @@ def _paths(state: ServerState) -> dict[str, Any]:
             "chat", "Answer a conversation", answers(ChatCompletion), _GENERATES, body=ChatRequest
         ),
         "/tokenize": post(
-            "tokenize", "A text's or a chat's tokens", _json(_ref(Tokens)), _READS,
+            "tokenize", "A text's or a chat's tokens", _json(_ref(Tokens)), _TAKES,
             body=TokenizeRequest,
         ),
         "/detokenize": post(
-            "detokenize", "The text of tokens", _json(_ref(Text)), _READS, body=DetokenizeRequest
+            "detokenize", "The text of tokens", _json(_ref(Text)), _TAKES, body=DetokenizeRequest
         ),
         "/v1/engine/trace": get(
             "trace", "What the last steps did", _json(_ref(TraceList)), _READS, parameters=[since]

@@ -124,7 +124,7 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     """0 needs echo: the prompt alone, with its logprobs."""
     logprobs: Annotated[int, Meta(ge=-1, le=_INT32)] | None = None
     best_of: Count | None = None
-    """Must be n: all choices are returned."""
+    """Generate so many choices and return the n with the highest log-probability per token."""
 
 
 class TextPart(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import stat
@@ -210,7 +211,7 @@ class ServerProcess:
             llm.engine.plan.num_tokens,
             url if args.uds is None else args.uds,
         )
-        if not args.api_keys and args.uds is None and not _is_loopback(self._sock):
+        if not args.asks_for_key and args.uds is None and not _is_loopback(self._sock):
             logger.warning("no --api-key: whoever can reach %s may use it", args.host)
         tokenizer = llm.engine.tokenizer
         chat = tokenizer is not None and tokenizer.has_chat_template
@@ -322,15 +323,14 @@ def example_request(args: ServeArgs, url: str, model: str, chat: bool) -> str:
     else:
         body["prompt"] = "Once upon a time"
     options = "-H 'Content-Type: application/json'"
-    if args.api_keys:
+    if args.asks_for_key:
         options = f'-H "Authorization: Bearer $API_KEY" {options}'
     if args.ssl_certfile is not None:
-        options = f"--cacert {args.ssl_certfile} {options}"
+        options = f"--cacert {shlex.quote(args.ssl_certfile)} {options}"
     if args.uds is not None:
-        options = f"--unix-socket {args.uds} {options}"
+        options = f"--unix-socket {shlex.quote(args.uds)} {options}"
     path = "/v1/chat/completions" if chat else "/v1/completions"
-    data = json.dumps(body).replace("'", "'\\''")
-    return f"curl {url}{path} {options} -d '{data}'"
+    return f"curl {shlex.quote(url + path)} {options} -d {shlex.quote(json.dumps(body))}"
 
 
 def _exit_now(code: int) -> None:

@@ -41,9 +41,9 @@ class ServerState:
         pending and none has finished for args.health_timeout seconds."""
         if self.phase != READY or self.llm is None:
             return f"the server is {self.phase}" + (f": {self.failure}" if self.failure else "")
-        stats = self.llm.stats
-        if not stats["healthy"]:
+        if not self.llm.is_healthy:
             return "the engine has stopped"
+        stats = self.llm.stats
         if stats["running"] or stats["waiting"]:
             idle = time.monotonic() - max(stats["last_step_time"], stats["busy_since"])
             if idle > self.args.health_timeout:

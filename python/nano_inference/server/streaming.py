@@ -112,6 +112,8 @@ class Exchange:
                 stream.close()
             if isinstance(error, QueueFullError):
                 raise queue_full(str(error)) from None
+            if isinstance(error, RuntimeError):  # the engine takes nothing any more
+                raise unavailable(str(error)) from None
             raise
 
     # -- The supervisor -------------------------------------------------------------------------

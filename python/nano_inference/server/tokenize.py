@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from .answer import loaded_llm, off_loop, served_model
 from .chat import render
+from .endpoints import json_body
 from .errors import json_response, refused
 from .protocol import DetokenizeRequest, Text, TokenizeRequest, Tokens, read_body
 from .state import ServerState
@@ -18,7 +19,7 @@ _CHAT_ONLY = ("add_generation_prompt", "continue_final_message", "chat_template_
 
 async def tokenize(request: Request) -> Response:
     state: ServerState = request.app.state.server
-    body = await request.body()
+    body = await json_body(request)
     llm = loaded_llm(state)
     asked = read_body(body, TokenizeRequest)
     served_model(state, asked.model)
@@ -45,7 +46,7 @@ async def tokenize(request: Request) -> Response:
 
 async def detokenize(request: Request) -> Response:
     state: ServerState = request.app.state.server
-    body = await request.body()
+    body = await json_body(request)
     llm = loaded_llm(state)
     asked = read_body(body, DetokenizeRequest)
     served_model(state, asked.model)
