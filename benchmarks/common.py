@@ -25,12 +25,13 @@ GB = 1e9
 
 @cache
 def machine_program() -> Path:
-    """Compiles machine.cpp, once a run; it needs a C++ compiler (CXX, else c++)."""
+    """Compiles machine.cpp and cpu/machine.cpp, once a run; it needs a C++ compiler (CXX, else c++)."""
     program = Path(tempfile.mkdtemp(prefix="nano-inference-")) / "machine"
     compiler = os.environ.get("CXX", "c++")
-    source = HERE / "machine.cpp"
+    cpp = HERE.parent / "cpp"
+    sources = [HERE / "machine.cpp", cpp / "cpu" / "machine.cpp"]
     subprocess.run(
-        [compiler, "-O3", "-std=c++20", "-pthread", str(source), "-o", str(program)], check=True
+        [compiler, "-O3", "-std=c++20", "-pthread", f"-I{cpp}", *sources, "-o", program], check=True
     )
     return program
 

@@ -2,6 +2,7 @@
 #include "backend/registry.h"
 #include "bindings.h"
 #include "core/thread_pool.h"
+#include "cpu/machine.h"
 #include "engine/scheduler.h"
 
 namespace ni::python {
@@ -26,4 +27,22 @@ PYBIND11_MODULE(_core, m) {
   ni::python::bind_ops(m);
   m.def("cpu_isas", &ni::cpu_isas);
   m.def("num_threads_available", &ni::available_cores);
+  m.def(
+      "measure_machine",
+      [](int num_threads) {
+        ni::check_arg(num_threads >= 0 && num_threads <= 1024,
+                      "num_threads must be in [0, 1024], got ", num_threads);
+        ni::MachineRates rates;
+        {
+          const py::gil_scoped_release release;
+          rates =
+              ni::measure_machine(num_threads > 0 ? num_threads : ni::available_cores(), 0.2, 256);
+        }
+        py::dict d;
+        d["read_bytes_per_second"] = rates.read;
+        d["flops_per_second"] = rates.bf16;
+        d["fp32_flops_per_second"] = rates.fp32;
+        return d;
+      },
+      py::arg("num_threads") = 0);
 }

@@ -376,3 +376,7 @@ def cpu_isas() -> list[str]:
     """Instruction sets that this machine can run, best first."""
 
 def num_threads_available() -> int: ...
+def measure_machine(num_threads: int = 0) -> dict[str, float]:
+    """What the machine gives, in less than a second (256 MiB are taken for it): the roofline.
+    read_bytes_per_second out of memory; flops_per_second out of registers, a multiply-add being
+    two: bf16 dot products where the CPU has them, else fp32; fp32_flops_per_second."""
