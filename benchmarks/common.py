@@ -25,7 +25,7 @@ GB = 1e9
 
 @cache
 def machine_program() -> Path:
-    """Compiles machine.cpp and cpu/machine.cpp, once a run; it needs a C++ compiler (CXX, else c++)."""
+    """Compiles machine.cpp and what it measures with, once a run; needs a C++ compiler (CXX)."""
     program = Path(tempfile.mkdtemp(prefix="nano-inference-")) / "machine"
     compiler = os.environ.get("CXX", "c++")
     cpp = HERE.parent / "cpp"
