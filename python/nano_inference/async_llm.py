@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from .engine_args import EngineArgs
 from .outputs import RequestOutput
 from .request import RequestState
 from .sampling_params import SamplingParams
+
+logger = logging.getLogger("nano_inference")
 
 DEFAULT_MAX_WAITING = 1024
 
@@ -177,19 +180,26 @@ class AsyncLLM(EngineAccess):
 
     def _dispatch(self, outputs: list[_core.Output]) -> None:
         """On the event loop, once a step."""
-        for state in self._engine.apply(outputs):
+        try:
+            changed = self._engine.apply(outputs)
+        except Exception as error:  # a bug; what the others of the step said is lost with it
+            logger.exception("what the engine made cannot be taken")
+            self._fail_all(f"{type(error).__name__} while taking its outputs")
+            return
+        for state in changed:
             reader = self._streams.get(state.core_id)
             if reader is not None and (state.finished or not reader.final_only):
                 reader.wake.set()
             if state.finished:
                 self._forget(state)
         if not outputs:
-            self._fail_all()
+            self._fail_all("it has stopped")
 
-    def _fail_all(self) -> None:
-        """The engine is gone; whoever still waits must not wait for ever."""
-        for state in list(self._engine.requests.values()):
-            state.fail("it has stopped")
+    def _fail_all(self, why: str) -> None:
+        """Nothing more will come; whoever still waits must not wait for ever."""
+        for state in list(self._by_name.values()):
+            if not state.finished:
+                state.fail(why)
             self._streams[state.core_id].wake.set()
             self._release(state)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
 from nano_inference.random_model import write_random_model
+from nano_inference.request import RequestState
 from nano_inference.server import streaming
 from nano_inference.server.reasoning import ReasoningSplitter, count_reasoning_tokens
 from nano_inference.tokenizer import Tokenizer as OurTokenizer
@@ -415,6 +417,31 @@ def test_an_engine_failure_is_a_500_and_the_next_request_works(server: Server) -
         error = json.loads(last.removeprefix("data: "))["error"]
         assert error["code"] == "engine_error" and "the device is lost" in error["message"]
         server.wait_idle()
+    assert server.complete(prompt="x", max_tokens=2).status == 200
+
+
+def test_a_bug_in_one_answer_leaves_nobody_waiting(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    push = RequestState.push
+
+    def push_or_fail(state: RequestState, *args: Any) -> None:
+        if len(state.prompt_token_ids) == 3 and running.is_set():
+            raise KeyError("a bug")
+        push(state, *args)
+
+    running = threading.Event()
+    monkeypatch.setattr(RequestState, "push", push_or_fail)
+    with ThreadPoolExecutor(2) as pool:
+        prompts = ([1, 2, 3], [1, 2, 3, 4])
+        replies = [pool.submit(server.complete, **{**ENDLESS, "prompt": p}) for p in prompts]
+        server.wait_for(lambda s: s["running"] == 2)
+        running.set()
+        for reply in replies:
+            assert reply.result().status == 500
+            assert "KeyError while taking" in reply.result().error["message"]
+    server.wait_idle()
+    assert "KeyError: 'a bug'" in caplog.text
     assert server.complete(prompt="x", max_tokens=2).status == 200
 
 
