@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from .answer import Answer
-from .errors import ApiError, timed_out
+from .errors import ApiError, refused, timed_out
 from .streaming import CLIENT_GONE, Exchange
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ async def json_body(request: Request) -> bytes:
     if kind != "application/json":
         said = f"not {kind[:100]!r}" if kind else "and there is none"
         raise ApiError(415, f"the Content-Type must be application/json, {said}")
+    for name in request.query_params:
+        raise refused(f"the query {name!r} has no effect: give {name} in the body", name)
     return await request.body()
 
 
