@@ -9,6 +9,7 @@
 
 #include "backend/registry.h"
 #include "bindings.h"
+#include "model/rope.h"
 
 namespace ni::python {
 namespace {
@@ -250,6 +251,22 @@ class Ops {
     in.positions = positions.data();
     in.slot_mapping = slots.data();
     backend_->rope_kv_write(t, in, args, kv);
+  }
+
+  // cos and sin as the engine fills them, [num_positions, rotary_dim / 2] each.
+  py::tuple rope_tables(const RopeConfig& rope, int num_positions) {
+    check_arg(num_positions > 0 && !rope.inv_freq.empty(),
+              "num_positions and inv_freq must not be empty");
+    ModelConfig config;
+    config.ropes = {rope};
+    const RopeTables tables(config, num_positions, *backend_);
+    const RopeArgs args = tables.args(0);
+    const auto copy = [&](const float* from) {
+      py::array_t<float> to({int64_t{num_positions}, int64_t{args.rotary_dim / 2}});
+      backend_->download(from, to.mutable_data(), static_cast<size_t>(to.nbytes()));
+      return to;
+    };
+    return py::make_tuple(copy(args.cos), copy(args.sin));
   }
 
   // q: [T, heads * head_dim]; sequence s has the rows [cu_seqlens_q[s], cu_seqlens_q[s + 1]).
@@ -497,6 +514,7 @@ void bind_ops(py::module_& m) {
            py::arg("kind") = "rms", py::arg("eps") = 1e-6f)
       .def("linear", &Ops::linear, py::arg("x"), py::arg("w"), py::arg("out").noconvert(),
            py::arg("accumulate") = false)
+      .def("rope_tables", &Ops::rope_tables, py::arg("rope"), py::arg("num_positions"))
       .def("rope_kv_write", &Ops::rope_kv_write, py::arg("qkv").noconvert(), py::arg("positions"),
            py::arg("slots"), py::arg("cache"), py::arg("cos") = none, py::arg("sin") = none,
            py::arg("q_norm") = none, py::arg("k_norm") = none, py::arg("eps") = 1e-6f)

@@ -326,6 +326,10 @@ class Ops:
         out: npt.NDArray[np.float32],
         accumulate: bool = False,
     ) -> None: ...
+    def rope_tables(
+        self, rope: RopeConfig, num_positions: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """cos and sin as the engine fills them, [num_positions, rotary_dim / 2] each."""
     def rope_kv_write(
         self,
         qkv: npt.NDArray[np.float32],
