@@ -4,6 +4,7 @@ form, and the counts are right."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from nano_inference.server.protocol import (
 )
 from server_helpers import TEMPLATE, Reply, Server, serve
 
+DOCS = Path(__file__).parents[2] / "docs"
 EOS = 257
 USER = [{"role": "user", "content": "an example"}]
 
@@ -357,6 +359,17 @@ def test_fixed_fields(server: Server, endpoint: str, name: str) -> None:
         reply = ask(server, endpoint, {**body, name: value})
         assert reply.status == 400 and reply.error["param"] == name
         assert reply.error["message"].startswith(f"{name} is not supported, only ")
+
+
+@pytest.mark.parametrize("endpoint", TABLES)
+def test_fixed_fields_are_documented(endpoint: str) -> None:
+    text = (DOCS / "serving.md").read_text(encoding="utf-8")
+    for name, (possible, why) in FIXED[endpoint].items():
+        (row,) = re.findall(rf"^\| `{name}`.*$", text, flags=re.M)
+        assert row.endswith(f"| {why} |")
+        assert all(f"`{json.dumps(value)}`" in row for value in possible if value not in (None, 1))
+    for name in ("user", "safety_identifier", "prompt_cache_key", "metadata", "service_tier"):
+        assert f"`{name}`" in text
 
 
 @pytest.mark.parametrize("endpoint", TABLES)
