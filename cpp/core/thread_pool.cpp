@@ -100,6 +100,7 @@ ThreadPool::ThreadPool(int num_threads) {
   check_arg(num_threads >= 0 && num_threads <= 1024, "num_threads is ", num_threads,
             "; it must be 0 (one per core) to 1024");
   const int n = num_threads > 0 ? num_threads : available_cores();
+  shares_ = std::vector<Share>(static_cast<size_t>(n));
   threads_.reserve(static_cast<size_t>(n - 1));
   try {
     for (int worker = 1; worker < n; ++worker)
@@ -125,23 +126,50 @@ void ThreadPool::stop() {
 
 void ThreadPool::run(const Job& job) {
   const std::lock_guard<std::mutex> turn(callers_);
+  // All ranges of the job before are done, so nobody reads job_ now: a thread does so only after
+  // taking a range, and the shares have none.
   job_ = job;
   error_ = nullptr;
-  // All workers take part in the hand-shake, so that none can still read job_ when it is next
-  // written.
-  pending_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1, std::memory_order_release);
+  left_.store(job.ranges, std::memory_order_relaxed);
+  const int epoch = epoch_.load(std::memory_order_relaxed) + 1;
+  for (int w = 0; w < size(); ++w)
+    shares_[static_cast<size_t>(w)].word.store(
+        share_word(epoch, job.ranges * w / size(), job.ranges * (w + 1) / size()),
+        std::memory_order_release);
+  epoch_.store(epoch, std::memory_order_release);
   epoch_.notify_all();
-  run_range(job, 0);
-  for (int left = pending_.load(std::memory_order_acquire); left > 0;)
-    left = wait_change(pending_, left);
+  run_ranges(epoch, 0);
+  for (int left = left_.load(std::memory_order_acquire); left > 0;) left = wait_change(left_, left);
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
-void ThreadPool::run_range(const Job& job, int worker) noexcept {
-  if (worker >= job.ranges) return;
+// One's own share first, then the others'.
+void ThreadPool::run_ranges(int epoch, int worker) {
+  for (int i = 0; i < size(); ++i) {
+    Share& share = shares_[static_cast<size_t>((worker + i) % size())];
+    for (int range; (range = take(share, epoch)) >= 0;) {
+      run_range(range, worker);
+      if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) left_.notify_all();
+    }
+  }
+}
+
+// -1: nothing is left, or it belongs to another job.
+int ThreadPool::take(Share& share, int epoch) {
+  uint64_t word = share.word.load(std::memory_order_acquire);
+  for (;;) {
+    const int next = static_cast<int>(word & 0xffff), end = static_cast<int>(word >> 16 & 0xffff);
+    if (word >> 32 != static_cast<uint32_t>(epoch) || next == end) return -1;
+    if (share.word.compare_exchange_weak(word, word + 1, std::memory_order_acq_rel,
+                                         std::memory_order_acquire))
+      return next;
+  }
+}
+
+void ThreadPool::run_range(int range, int worker) noexcept {
+  const Job& job = job_;
   try {
-    job.call(job.fn, job.n * worker / job.ranges, job.n * (worker + 1) / job.ranges, worker);
+    job.call(job.fn, job.n * range / job.ranges, job.n * (range + 1) / job.ranges, worker);
   } catch (...) {
     const std::lock_guard<std::mutex> lock(error_mutex_);
     if (!error_) error_ = std::current_exception();
@@ -153,8 +181,7 @@ void ThreadPool::work(int worker) {
   for (int seen = 0;;) {
     seen = wait_change(epoch_, seen);
     if (stop_.load(std::memory_order_relaxed)) return;
-    run_range(job_, worker);
-    if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_all();
+    run_ranges(seen, worker);
   }
 }
 

@@ -2,6 +2,7 @@
 // lock.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <exception>
@@ -37,12 +38,14 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int size() const { return static_cast<int>(threads_.size()) + 1; }
+  int size() const { return static_cast<int>(shares_.size()); }
 
-  // Calls fn(begin, end, worker) for a static partition of [0, n) in at most size() ranges of at
-  // least `grain` (the last may be shorter); worker < size() is unique among the ranges. Returns
-  // when all are done; the first exception is rethrown. Allocates nothing. Callers take turns; fn
-  // must not call parallel_for on the same pool.
+  // Calls fn(begin, end, worker) for a fixed partition of [0, n) in at most kRangesPerThread *
+  // size() ranges of at least `grain` (but for rounding). A thread takes the ranges that are its
+  // own first, so that it meets the same memory again, then what others have not begun: one that
+  // has no core at the moment holds nobody up, but for the range it is in. worker < size() is the
+  // thread's number. Returns when all are done; the first exception is rethrown. Allocates nothing.
+  // Callers take turns; fn must not call parallel_for on the same pool.
   template <typename Fn>
   void parallel_for(int64_t n, int64_t grain, const Fn& fn) {
     if (n <= 0) return;
@@ -55,7 +58,8 @@ class ThreadPool {
     const Job job{[](const void* f, int64_t begin, int64_t end, int worker) {
                     (*static_cast<const Fn*>(f))(begin, end, worker);
                   },
-                  &fn, n, static_cast<int>(ranges < size() ? ranges : size())};
+                  &fn, n,
+                  static_cast<int>(std::min<int64_t>(ranges, int64_t{kRangesPerThread} * size()))};
     run(job);
   }
 
@@ -63,12 +67,14 @@ class ThreadPool {
   template <typename Fn>
   void parallel_items(int64_t n, const Fn& fn) {
     std::atomic<int64_t> next{0};
-    parallel_for(n < size() ? n : size(), 1, [&](int64_t, int64_t, int worker) {
+    parallel_for(std::min<int64_t>(n, size()), 1, [&](int64_t, int64_t, int worker) {
       for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) fn(i, worker);
     });
   }
 
  private:
+  static constexpr int kRangesPerThread = 4;
+
   struct Job {
     void (*call)(const void* fn, int64_t begin, int64_t end, int worker) = nullptr;
     const void* fn = nullptr;
@@ -76,16 +82,29 @@ class ThreadPool {
     int ranges = 0;
   };
 
+  // The ranges [next, end) of job number `epoch` that a thread has not begun, in one word, so that
+  // whoever takes one knows which job it belongs to.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> word{0};
+  };
+  static uint64_t share_word(int epoch, int next, int end) {
+    return uint64_t{static_cast<uint32_t>(epoch)} << 32 | static_cast<uint64_t>(end) << 16 |
+           static_cast<uint64_t>(next);
+  }
+
   void run(const Job& job);
   void stop();
   void work(int worker);
-  void run_range(const Job& job, int worker) noexcept;
+  void run_ranges(int epoch, int worker);
+  int take(Share& share, int epoch);
+  void run_range(int range, int worker) noexcept;
 
+  std::vector<Share> shares_;  // one a thread, the caller's first
   std::vector<std::thread> threads_;
-  std::mutex callers_;           // one job at a time
-  Job job_;                      // written before `epoch_`, read after it
-  std::atomic<int> epoch_{0};    // number of the present job
-  std::atomic<int> pending_{0};  // workers that have not finished it
+  std::mutex callers_;         // one job at a time
+  Job job_;                    // written before the shares, read after taking from one
+  std::atomic<int> epoch_{0};  // number of the present job
+  std::atomic<int> left_{0};   // its ranges that are not done
   std::atomic<bool> stop_{false};
   std::mutex error_mutex_;
   std::exception_ptr error_;

@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace ni {
 namespace {
@@ -28,16 +29,33 @@ TEST(ThreadPool, EveryIndexExactlyOnce) {
   }
 }
 
-TEST(ThreadPool, WorkersAreDistinctAndRangesAreAtLeastTheGrain) {
+TEST(ThreadPool, AWorkerRunsOneRangeAtATimeAndRangesAreAtLeastTheGrain) {
   ThreadPool pool(4);
-  std::vector<std::atomic<int>> calls(4);
-  std::atomic<int> small{0};
-  pool.parallel_for(100, 30, [&](int64_t begin, int64_t end, int worker) {
-    ++calls[static_cast<size_t>(worker)];
-    small += end - begin < 25;
+  std::vector<std::atomic<int>> busy(4);
+  std::atomic<int> small{0}, twice{0};
+  pool.parallel_for(1000, 30, [&](int64_t begin, int64_t end, int worker) {
+    twice += busy[static_cast<size_t>(worker)].exchange(1);
+    small += end - begin < 30;
+    std::this_thread::yield();
+    busy[static_cast<size_t>(worker)] = 0;
   });
-  for (const auto& c : calls) EXPECT_EQ(c.load(), 1);
+  EXPECT_EQ(twice.load(), 0);
   EXPECT_EQ(small.load(), 0);
+}
+
+// Worker 1 begins a range and is then held up until all others are done; with a static partition,
+// its other ranges would wait for it.
+TEST(ThreadPool, AHeldUpThreadHoldsUpNoMoreThanItsRange) {
+  ThreadPool pool(2);
+  std::atomic<int> done{0}, held{0};
+  pool.parallel_for(8, 1, [&](int64_t, int64_t, int worker) {
+    if (worker == 1 && held.exchange(1) == 0)
+      while (done.load() < 7) std::this_thread::yield();
+    else
+      while (held.load() == 0) std::this_thread::yield();
+    ++done;
+  });
+  EXPECT_EQ(done.load(), 8);
 }
 
 TEST(ThreadPool, ItemsExactlyOnce) {
