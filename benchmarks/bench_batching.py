@@ -13,7 +13,9 @@ import time
 from typing import Any
 
 import numpy as np
-from common import context, markdown_table, model_config, random_engine, run_requests, save
+from common import context, markdown_table, run_requests, save
+
+from nano_inference.random_model import model_config, random_engine
 
 MODEL = dict(
     vocab_size=8192,

@@ -20,18 +20,16 @@ from typing import Any
 import numpy as np
 from common import (
     GB,
-    QWEN3_0_6B,
     context,
     markdown_table,
     mean_rates,
     measure_machine,
-    model_config,
-    random_engine,
     run_requests,
     save,
 )
 
 from nano_inference import _core
+from nano_inference.random_model import QWEN3_0_6B, model_config, random_engine
 
 SHAPE = QWEN3_0_6B
 PREFILL = 512

@@ -1,4 +1,4 @@
-"""What the Python benchmarks share: the machine's own rates, models with random weights, tables."""
+"""What the Python benchmarks share: the machine's own rates, running requests, tables."""
 
 from __future__ import annotations
 
@@ -81,62 +81,7 @@ def context(threads: int, device: str) -> dict[str, Any]:
     }
 
 
-# -- Models ---------------------------------------------------------------------------------------
-
-
-def model_config(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rope_theta: float = 1e6,
-) -> _core.ModelConfig:
-    """A model built as Qwen3 is."""
-    inv_freq = rope_theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    return _core.ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=40960,
-        qk_norm=True,
-        tie_embeddings=True,
-        ropes=[_core.RopeConfig(inv_freq.tolist())],
-        layers=[_core.LayerConfig()] * num_layers,
-    )
-
-
-QWEN3_0_6B = dict(
-    vocab_size=151_936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=28,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-)
-
-
-def random_engine(model: _core.ModelConfig, **config: Any) -> _core.Engine:
-    """An engine with random bf16 weights, loaded and not yet started."""
-    engine = _core.Engine(_core.EngineConfig(**config), model)
-    rng = np.random.default_rng(1)
-    pool = (rng.standard_normal(1 << 22, dtype=np.float32) * 0.02).view(np.uint32)
-    pool = ((pool + 0x8000) >> 16).astype(np.uint16)  # bf16 bits
-    for name, shape in _core.Engine.weight_slots(model).items():
-        if "norm" in name:
-            engine.load_weight(name, np.ones(shape, np.float32), "float32")
-        else:  # start somewhere else for each, so that no two tensors are equal
-            values = np.resize(np.roll(pool, -int(rng.integers(len(pool)))), shape)
-            engine.load_weight(name, values, "bfloat16")
-    engine.finish_loading()
-    return engine
+# -- Running --------------------------------------------------------------------------------------
 
 
 def run_requests(engine: _core.Engine, requests: list[tuple[np.ndarray, int]]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The command nano-inference: generate, chat, serve, bench, info, version.
+"""The command nano-inference: generate, chat, serve, bench, learn, info, version.
 
 Errors are one line on stderr. Exit codes: 0 done, 1 failed while running, 2 wrong usage or bad
 input, 130 stopped by Ctrl-C.
@@ -399,10 +399,11 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
-# -- serve, bench ---------------------------------------------------------------------------------
+# -- serve, bench, learn --------------------------------------------------------------------------
 
 main.add_command(LazyCommand("serve", ".server.cli", "Serve a model over HTTP (OpenAI's API)."))
 main.add_command(LazyCommand("bench", ".bench.cli", "Measure a server, or the engine alone."))
+main.add_command(LazyCommand("learn", ".learn.cli", "Learn how inference works, by experiments."))
 
 # -- info, version --------------------------------------------------------------------------------
 

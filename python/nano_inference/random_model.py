@@ -1,5 +1,5 @@
-"""A tiny Llama with random weights and a tokenizer of bytes, to try and test things with. Its text
-means nothing."""
+"""Models with random weights, to try, test and measure things with: a tiny Llama as files, with a
+tokenizer of bytes, or any shape straight in an engine. Their text means nothing."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from . import _core
 
 SPECIAL_TOKENS = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
@@ -130,3 +132,66 @@ def _write_tokenizer(folder: Path) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# -- Without files --------------------------------------------------------------------------------
+
+QWEN3_0_6B = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_layers": 28,
+    "num_heads": 16,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+}
+
+
+def model_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    rope_theta: float = 1e6,
+) -> _core.ModelConfig:
+    """A model built as Qwen3 is."""
+    from . import _core
+
+    inv_freq = [rope_theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    return _core.ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=40960,
+        qk_norm=True,
+        tie_embeddings=True,
+        ropes=[_core.RopeConfig(inv_freq)],
+        layers=[_core.LayerConfig()] * num_layers,
+    )
+
+
+def random_engine(model: _core.ModelConfig, **config: Any) -> _core.Engine:
+    """An engine with random bf16 weights, loaded and not yet started."""
+    import numpy as np
+
+    from . import _core
+
+    engine = _core.Engine(_core.EngineConfig(**config), model)
+    rng = np.random.default_rng(1)
+    pool = (rng.standard_normal(1 << 22, dtype=np.float32) * 0.02).view(np.uint32)
+    pool = ((pool + 0x8000) >> 16).astype(np.uint16)  # bf16 bits
+    for name, shape in _core.Engine.weight_slots(model).items():
+        if "norm" in name:
+            engine.load_weight(name, np.ones(shape, np.float32), "float32")
+        else:  # start somewhere else for each, so that no two tensors are equal
+            values = np.resize(np.roll(pool, -int(rng.integers(len(pool)))), shape)
+            engine.load_weight(name, values, "bfloat16")
+    engine.finish_loading()
+    return engine

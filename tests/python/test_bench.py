@@ -468,15 +468,6 @@ def test_plot_is_well_formed(count: int) -> None:
     assert len(svg) < 400_000
 
 
-def test_cdf_and_ticks() -> None:
-    assert plot.cdf([3.0, 1.0, 2.0, 2.0]) == [(1.0, 0.25), (2.0, 0.5), (2.0, 0.75), (3.0, 1.0)]
-    many = plot.cdf(list(range(10_000)))
-    assert len(many) <= 400 and many[-1] == (9999.0, 1.0)
-    for top in (0.003, 1.0, 7.0, 99.0, 12345.0):
-        ticks = plot.nice_ticks(top)
-        assert ticks[0] == 0 and ticks[-1] <= top * 1.001 and 3 <= len(ticks) <= 8
-
-
 def test_token_rate_counts_every_token() -> None:
     records = [made(0.0, [1.0, 2.0, 6.0], 9), made(0.0, [3.0], 1)]
     points = plot.token_rate(records, 0.0, bins=6)

@@ -1,0 +1,112 @@
+"""The command nano-inference learn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..cli import DEBUG, JSON_OUTPUT
+
+if TYPE_CHECKING:
+    from .experiment import Experiment, Result
+
+
+@click.command("learn")
+@click.argument("what", nargs=-1, metavar="[STAGE|EXPERIMENT]...")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("learn"),
+    show_default=True,
+    help="Folder for the plots.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the experiments run.",
+)
+@JSON_OUTPUT
+@DEBUG
+def learn(what: tuple[str, ...], out: Path, device: str, as_json: bool) -> None:
+    """Learn how inference works, by experiments on this machine.
+
+    Without an argument, the stages and experiments are listed. 2 runs all of stage 2, 2.3 one
+    experiment. Each says what to expect before it runs, prints a table, and writes a plot (SVG).
+    """
+    from .catalog import STAGES, find
+    from .lab import choose_device
+
+    if not what:
+        click.echo(json.dumps(_listing(), indent=2) if as_json else _list_text())
+        return
+    chosen, device = find(what), choose_device(device)
+    stages = {str(s.number) for s in STAGES}
+    for e in list(chosen):
+        if device not in e.devices:
+            text = f"experiment {e.key} ({e.title}) has no meaning on {device}"
+            if not stages & set(what):
+                raise ValueError(f"{text}, only on {' and '.join(e.devices)}")
+            click.echo(f"left out: {text}", err=True)
+            chosen.remove(e)
+    results = [_run(e, device, out, as_json) for e in chosen]
+    if as_json:
+        click.echo(json.dumps([r.as_dict() for r in results], indent=2, ensure_ascii=False))
+
+
+def _run(experiment: Experiment, device: str, out: Path, quiet: bool) -> Result:
+    """Runs it and shows it as it goes."""
+    from .experiment import table
+    from .run import run, write_plot
+
+    def show(text: str = "", **style: bool) -> None:
+        if not quiet:
+            click.secho(text, **style)  # type: ignore[arg-type]
+
+    show(f"{experiment.key}  {experiment.title}", bold=True)
+    show(experiment.question)
+    result = run(
+        experiment,
+        device,
+        say=lambda text: show(f"\nExpected: {text}\n"),
+        show_progress=sys.stderr.isatty(),
+    )
+    result = write_plot(result, out)
+    show(table(result.report.columns, result.report.rows))
+    show(f"\nOutcome:  {result.report.outcome}")
+    if result.plot is not None:
+        show(f"Plot:     {result.plot}")
+    show()
+    return result
+
+
+def _listing() -> list[dict[str, object]]:
+    from .catalog import STAGES
+
+    return [
+        {
+            "stage": stage.number,
+            "title": stage.title,
+            "about": stage.about,
+            "experiments": [
+                {"key": e.key, "title": e.title, "question": e.question, "devices": e.devices}
+                for e in stage.experiments
+            ],
+        }
+        for stage in STAGES
+    ]
+
+
+def _list_text() -> str:
+    from .catalog import STAGES
+
+    lines = []
+    for stage in STAGES:
+        lines.append(click.style(f"{stage.number}  {stage.title}", bold=True) + f": {stage.about}")
+        lines += [f"   {e.key}  {e.question}" for e in stage.experiments]
+    return "\n".join([*lines, "", "nano-inference learn 2 runs a stage, learn 2.3 one experiment."])

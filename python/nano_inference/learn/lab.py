@@ -1,0 +1,190 @@
+"""What experiments work with: engines, progress, and the machine's own rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .. import _core
+from ..bundled import DEFAULT, bundled_model
+from ..config import load_model
+from ..engine_args import EngineArgs, plan_engine
+from ..loader import load_weights
+from ..random_model import random_engine
+from ..tokenizer import Tokenizer
+from .work import Work
+
+if TYPE_CHECKING:
+    from ..llm import LLM
+
+T = TypeVar("T")
+Step = dict[str, Any]
+"""A record of Engine.trace(); cpp/engine/trace.h says what is in it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What Bench.run() runs: greedy, to exactly max_tokens tokens."""
+
+    prompt: Sequence[int]
+    max_tokens: int
+    arrival_step: int = 0
+    """It is submitted before this step, counted from 0."""
+
+
+@dataclass
+class Run:
+    """What came of some requests."""
+
+    tokens: list[list[int]]
+    """Of each request."""
+    steps: list[Step]
+    seconds: float
+
+
+def _renumbered(record: Step, first: int) -> Step:
+    """request_id becomes the request's place in the list."""
+    for entry in record["entries"]:
+        entry["request_id"] -= first
+    for kind in ("admitted", "resumed", "preempted", "finished"):
+        record[kind] = [(i - first, *rest) for i, *rest in record[kind]]
+    return record
+
+
+@dataclass
+class Bench:
+    """An engine that is stepped by hand, in the caller's thread: nothing happens between two steps
+    that the experiment did not ask for, so all but the times is the same on every machine."""
+
+    core: _core.Engine
+    model: _core.ModelConfig
+    tokenizer: Tokenizer | None = None
+    _next_id: int = 0
+
+    @property
+    def work(self) -> Work:
+        """What a step of it takes."""
+        return Work.of(self.core, self.model)
+
+    def run(self, requests: Sequence[Request]) -> Run:
+        """Steps until all have ended."""
+        seen = self.core.stats()["steps"]
+        first, step = self._next_id, 0
+        self._next_id += len(requests)
+        tokens: list[list[int]] = [[] for _ in requests]
+        waiting = sorted(range(len(requests)), key=lambda i: requests[i].arrival_step)
+        began = time.perf_counter()
+        while True:
+            while waiting and requests[waiting[0]].arrival_step <= step:
+                i = waiting.pop(0)
+                r = requests[i]
+                params = _core.SamplingParams(
+                    temperature=0.0, max_tokens=r.max_tokens, ignore_eos=True
+                )
+                self.core.submit(first + i, r.prompt, params)
+            worked = self.core.step()
+            for output in self.core.wait_outputs(0.0):
+                tokens[output.request_id - first] += output.token_ids
+                if output.finish_reason not in ("", "length"):
+                    raise RuntimeError(f"request {output.request_id}: {output.error}")
+            if not worked and not waiting:
+                break
+            step += 1
+        seconds = time.perf_counter() - began
+        steps = self.core.trace(seen + 1)
+        return Run(tokens, [_renumbered(record, first) for record in steps], seconds)
+
+    def prompt(self, length: int, key: int = 0) -> list[int]:
+        """Random tokens; another key, other tokens."""
+        import numpy as np
+
+        rng = np.random.default_rng(key)
+        return [int(t) for t in rng.integers(0, self.model.vocab_size, length)]
+
+
+@dataclass
+class Lab:
+    device: str = "cpu"
+    small: bool = False
+    """Smallest sizes that still show the effect: for tests."""
+    say: Callable[[str], None] = lambda text: None
+    """Shows the expectation, as soon as it is known."""
+    show_progress: bool = False
+    expectation: str = field(default="", init=False)
+
+    def expect(self, text: str) -> None:
+        """States, before running, what should come out."""
+        if self.expectation:
+            raise RuntimeError("an experiment states its expectation once")
+        self.expectation = text
+        self.say(text)
+
+    def size(self, full: T, small: T) -> T:
+        """`full`, or `small` in a test."""
+        return small if self.small else full
+
+    def progress(self, items: Iterable[T], what: str) -> Iterator[T]:
+        """The items, with a bar on stderr."""
+        from tqdm.auto import tqdm
+
+        items = list(items)
+        yield from tqdm(items, desc=what, leave=False, disable=not self.show_progress)
+
+    @cached_property
+    def machine(self) -> dict[str, float]:
+        """read_bytes_per_second, flops_per_second of the CPU; measured once, in a second."""
+        return _core.measure_machine()
+
+    @contextmanager
+    def llm(self, **options: Any) -> Iterator[LLM]:
+        """The bundled model; the options are EngineArgs'."""
+        from ..llm import LLM
+
+        defaults = {"device": self.device, "use_tqdm_on_load": False, "trace_capacity": 100_000}
+        with LLM(DEFAULT, **{**defaults, **options}) as llm:
+            yield llm
+
+    @contextmanager
+    def bundled(self, **options: Any) -> Iterator[Bench]:
+        """The bundled model, stepped by hand; the options are EngineArgs'."""
+        path = bundled_model(DEFAULT)
+        assert path is not None
+        args = EngineArgs(model=str(path), **{**self._defaults(), **options})
+        loaded = load_model(path, dtype=args.dtype, max_model_len=args.max_model_len)
+        config, _ = plan_engine(args, loaded)
+        core = _core.Engine(config, loaded.model_config)
+        load_weights(core, path, loaded, progress=False)
+        core.finish_loading()
+        yield from _closing(Bench(core, loaded.model_config, Tokenizer.from_dir(path)))
+
+    @contextmanager
+    def engine(self, model: _core.ModelConfig, **config: Any) -> Iterator[Bench]:
+        """Random bf16 weights in a given shape (random_model.model_config makes one); `config` are
+        fields of EngineConfig. Without num_blocks the cache holds what max_num_seqs sequences of
+        max_model_len tokens need."""
+        fields = {"max_num_seqs": 32, "max_model_len": 1024, "block_size": 16, "paged": True}
+        fields |= {"enable_prefix_caching": False, **self._defaults(), **config}
+        if "num_blocks" not in fields:
+            block = fields["block_size"] if fields["paged"] else fields["max_model_len"]
+            fields["num_blocks"] = fields["max_num_seqs"] * -(-fields["max_model_len"] // block)
+        yield from _closing(Bench(random_engine(model, **fields), model))
+
+    def _defaults(self) -> dict[str, Any]:
+        return {"device": self.device, "trace_capacity": 100_000}
+
+
+def _closing(bench: Bench) -> Iterator[Bench]:
+    try:
+        yield bench
+    finally:
+        bench.core.shutdown()
+
+
+def choose_device(name: str) -> str:
+    """auto is the CPU, where every experiment but a few of stage 4 has a meaning. ValueError for
+    one that this build does not know."""
+    return "cpu" if name == "auto" else EngineArgs(device=name).device
