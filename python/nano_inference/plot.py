@@ -54,6 +54,8 @@ class Panel:
     y_log: bool = False
     wide: bool = False
     """As wide as the page, in a row of its own."""
+    legend: bool = True
+    """If there are several names."""
 
     @property
     def series(self) -> list[tuple[str, Points]]:
@@ -175,7 +177,10 @@ def _draw(panel: Panel, width: float) -> list[str]:
     names = panel.names()
     colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(names)}
     right, bottom = width - _RIGHT, _HEIGHT - _BOTTOM
-    legend, top = _legend(colors, right) if len(names) > 1 else ([], float(_TOP))
+    legend: list[str] = []
+    top = float(_TOP)
+    if panel.legend and len(names) > 1:
+        legend, top = _legend(colors, right)
 
     def shown(some: Points) -> list[tuple[float, float]]:  # a logarithm has no place for 0
         return [p for p in some if (p[0] > 0 or not panel.x_log) and (p[1] > 0 or not panel.y_log)]

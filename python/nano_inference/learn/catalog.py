@@ -23,6 +23,7 @@ class Stage:
 
 STAGES = [
     Stage(1, "Basic inference", "tokens to logits to tokens; why there is a KV cache", ".stage1"),
+    Stage(2, "Batching", "one pass over the weights serves many", ".stage2"),
 ]
 
 

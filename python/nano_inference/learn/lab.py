@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import _core
@@ -14,7 +14,7 @@ from ..bundled import DEFAULT, bundled_model
 from ..config import load_model
 from ..engine_args import EngineArgs, plan_engine
 from ..loader import load_weights
-from ..random_model import random_engine
+from ..random_model import model_config, random_engine
 from ..tokenizer import Tokenizer
 from .work import Work
 
@@ -22,18 +22,39 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 T = TypeVar("T")
+
+MEDIUM = {
+    "vocab_size": 16_384,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_layers": 8,
+    "num_heads": 16,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 16,
+}
 Step = dict[str, Any]
 """A record of Engine.trace(); cpp/engine/trace.h says what is in it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What Bench.run() runs: greedy, to exactly max_tokens tokens."""
+    """What Bench.run() runs: greedily, to exactly max_tokens tokens."""
 
     prompt: Sequence[int]
     max_tokens: int
     arrival_step: int = 0
     """It is submitted before this step, counted from 0."""
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of _core.SamplingParams, if greedy is not what is wanted."""
 
 
 @dataclass
@@ -82,9 +103,8 @@ class Bench:
             while waiting and requests[waiting[0]].arrival_step <= step:
                 i = waiting.pop(0)
                 r = requests[i]
-                params = _core.SamplingParams(
-                    temperature=0.0, max_tokens=r.max_tokens, ignore_eos=True
-                )
+                fields = {"temperature": 0.0, "max_tokens": r.max_tokens, "ignore_eos": True}
+                params = _core.SamplingParams(**{**fields, **r.sampling})
                 self.core.submit(first + i, r.prompt, params)
             worked = self.core.step()
             for output in self.core.wait_outputs(0.0):
@@ -97,6 +117,14 @@ class Bench:
         seconds = time.perf_counter() - began
         steps = self.core.trace(seen + 1)
         return Run(tokens, [_renumbered(record, first) for record in steps], seconds)
+
+    def encode(self, text: str) -> list[int]:
+        assert self.tokenizer is not None, "random weights come without a tokenizer"
+        return self.tokenizer.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        assert self.tokenizer is not None, "random weights come without a tokenizer"
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def prompt(self, length: int, key: int = 0) -> list[int]:
         """Random tokens; another key, other tokens."""
@@ -134,10 +162,15 @@ class Lab:
         items = list(items)
         yield from tqdm(items, desc=what, leave=False, disable=not self.show_progress)
 
-    @cached_property
+    @property
     def machine(self) -> dict[str, float]:
         """read_bytes_per_second, flops_per_second of the CPU; measured once, in a second."""
-        return _core.measure_machine()
+        return _measured_machine()
+
+    @cached_property
+    def model(self) -> _core.ModelConfig:
+        """A shape for engine(): 142 million weights, more than a cache holds; tiny in tests."""
+        return model_config(**self.size(MEDIUM, TINY))
 
     @contextmanager
     def llm(self, **options: Any) -> Iterator[LLM]:
@@ -167,6 +200,7 @@ class Lab:
         fields of EngineConfig. Without num_blocks the cache holds what max_num_seqs sequences of
         max_model_len tokens need."""
         fields = {"max_num_seqs": 32, "max_model_len": 1024, "block_size": 16, "paged": True}
+        fields["max_waiting"] = 0
         fields |= {"enable_prefix_caching": False, **self._defaults(), **config}
         if "num_blocks" not in fields:
             block = fields["block_size"] if fields["paged"] else fields["max_model_len"]
@@ -175,6 +209,11 @@ class Lab:
 
     def _defaults(self) -> dict[str, Any]:
         return {"device": self.device, "trace_capacity": 100_000}
+
+
+@cache
+def _measured_machine() -> dict[str, float]:
+    return _core.measure_machine()
 
 
 def _closing(bench: Bench) -> Iterator[Bench]:
