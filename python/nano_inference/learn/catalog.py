@@ -24,6 +24,7 @@ class Stage:
 STAGES = [
     Stage(1, "Basic inference", "tokens to logits to tokens; why there is a KV cache", ".stage1"),
     Stage(2, "Batching", "one pass over the weights serves many", ".stage2"),
+    Stage(3, "Memory", "where the slots of the KV cache go, and what they are worth", ".stage3"),
 ]
 
 
