@@ -51,12 +51,14 @@ struct KvView {
   int32_t block_size = 16;  // a multiple of 16, or a power of two below
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
+  int64_t block_stride = 0;  // elements from a block to the next; 0: they follow one another
 
   NI_HD int32_t tile() const { return block_size < 16 ? block_size : 16; }
   NI_HD int64_t head_elements() const { return static_cast<int64_t>(block_size) * head_dim; }
   NI_HD int64_t block_elements() const { return head_elements() * num_kv_heads; }
   NI_HD int64_t head_offset(int64_t block, int32_t head) const {
-    return block * block_elements() + head * head_elements();
+    const int64_t stride = block_stride > 0 ? block_stride : block_elements();
+    return block * stride + head * head_elements();
   }
   NI_HD int64_t k_offset(int64_t block, int32_t head, int32_t slot, int32_t d) const {
     return head_offset(block, head) + (slot / tile()) * tile() * static_cast<int64_t>(head_dim) +

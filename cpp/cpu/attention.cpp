@@ -327,16 +327,16 @@ void CpuBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a, 
 
 void CpuBackend::copy_blocks(const StepInputs& in, const KvView& kv) {
   check_kv(kv);
-  const auto bytes = static_cast<size_t>(kv.block_elements()) * dtype_size(kv.dtype);
+  const size_t element = dtype_size(kv.dtype);
+  const size_t bytes = static_cast<size_t>(kv.block_elements()) * element;
+  const auto at = [&](void* cache, int32_t block) {
+    return static_cast<char*>(cache) + static_cast<size_t>(kv.head_offset(block, 0)) * element;
+  };
   for (int32_t i = 0; i < in.num_copies; ++i) {
     const auto [src, dst] = in.copies[i];
     check_arg(src >= 0 && src < kv.num_blocks && dst >= 0 && dst < kv.num_blocks && src != dst,
               "copy_blocks: ", src, " -> ", dst, " with ", kv.num_blocks, " blocks");
-    for (void* cache : {kv.k, kv.v}) {
-      auto* data = static_cast<char*>(cache);
-      std::memcpy(data + static_cast<size_t>(dst) * bytes, data + static_cast<size_t>(src) * bytes,
-                  bytes);
-    }
+    for (void* cache : {kv.k, kv.v}) std::memcpy(at(cache, dst), at(cache, src), bytes);
   }
 }
 

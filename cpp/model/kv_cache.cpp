@@ -24,8 +24,9 @@ void KvCache::allocate(Backend& backend, int num_blocks) {
 }
 
 KvView KvCache::layer(size_t index) const {
-  const size_t half = static_cast<size_t>(view_.block_bytes() / 2 * view_.num_blocks);
+  const size_t half = static_cast<size_t>(view_.block_bytes()) / 2;
   KvView view = view_;
+  view.block_stride = 2 * static_cast<int64_t>(num_layers_) * view_.block_elements();
   view.k = buffer_.data() + 2 * half * index;
   view.v = buffer_.data() + 2 * half * index + half;
   return view;

@@ -1,5 +1,7 @@
-// The memory of the paged cache: one allocation, [layer][K, V][block]… ; the layout inside is
-// KvView's.
+// The memory of the paged cache: one allocation, [block][layer][K, V]…; the layout inside is
+// KvView's. Blocks come first, so that memory which is touched for the first time, a page at a
+// time, costs little in any one step. (With layers first, every layer enters a new page in the same
+// step.)
 #pragma once
 
 #include "backend/backend.h"

@@ -93,7 +93,8 @@ class EngineArgs(metaclass=NamedFields):
     max_num_seqs: int | None = None
     """Most sequences in a step; None: 256, or max_num_batched_tokens if that is less."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in a step; None: 2048 (or max_model_len, without chunked prefill)."""
+    """Most tokens in a step; None: 256, at least max_num_seqs, and max_model_len without chunked
+    prefill. More per step would not be faster on a CPU, and would hold up running requests longer."""
     max_waiting: int | None = None
     """Most requests in the queue; 0: any number; None: 1024 in AsyncLLM, any number in LLM."""
     max_logprobs: int = 20
@@ -171,7 +172,7 @@ class EngineArgs(metaclass=NamedFields):
         """All but the size of the cache (num_blocks = 1)."""
         tokens = self.max_num_batched_tokens
         if tokens is None:
-            tokens = max(2048, 0 if self.enable_chunked_prefill else loaded.max_model_len)
+            tokens = max(256, 0 if self.enable_chunked_prefill else loaded.max_model_len)
             tokens = max(tokens, self.max_num_seqs or 0)
         elif not self.enable_chunked_prefill and tokens < loaded.max_model_len:
             raise ValueError(

@@ -20,13 +20,15 @@ Sequence random_sequence(const Model& m, int32_t tokens, uint32_t seed) {
   return {random_floats(static_cast<size_t>(tokens * m.cols()), seed), tokens, 0};
 }
 
-// A paged cache for a few sequences, full of NaN, blocks handed out in a shuffled order.
+// A paged cache for a few sequences, full of NaN, blocks handed out in a shuffled order and with
+// room between them, as in a cache of several layers.
 class Cache {
  public:
   Cache(const Model& m, DType dtype, int32_t block_size, int32_t max_seqs, int32_t max_tokens) {
     stride_ = (max_tokens + block_size - 1) / block_size;
     view_ = {nullptr, nullptr, dtype, max_seqs * stride_, block_size, m.kv_heads, m.head_dim};
-    const auto elements = static_cast<size_t>(view_.num_blocks * view_.block_elements());
+    view_.block_stride = 3 * view_.block_elements();
+    const auto elements = static_cast<size_t>(view_.num_blocks * view_.block_stride);
     k_ = v_ = encode(std::vector<float>(elements, NAN), dtype);
     view_.k = k_.data();
     view_.v = v_.data();

@@ -382,20 +382,24 @@ TEST_P(OpTest, RopeAndCacheWrite) {
 }
 
 TEST_P(OpTest, CopyBlocks) {
-  for (const DType dtype : kFloatTypes) {
-    KvView kv{nullptr, nullptr, dtype, 6, 4, 2, 6};
+  for (const auto& [dtype, gap] : {std::pair{DType::f32, 1}, std::pair{DType::bf16, 1},
+                                   std::pair{DType::f16, 1}, std::pair{DType::f32, 3}}) {
+    KvView kv{nullptr, nullptr, dtype, 6, 4, 2, 6, 0};
     const auto block = static_cast<size_t>(kv.block_elements()) * dtype_size(dtype);
-    auto k = encode(random_floats(static_cast<size_t>(6 * kv.block_elements()), 1), dtype);
-    auto v = encode(random_floats(static_cast<size_t>(6 * kv.block_elements()), 2), dtype);
+    const auto stride = static_cast<size_t>(gap) * block;  // in a cache of several layers: gap > 1
+    if (gap > 1) kv.block_stride = gap * kv.block_elements();
+    const auto elements = static_cast<size_t>(6 * gap * kv.block_elements());
+    auto k = encode(random_floats(elements, 1), dtype),
+         v = encode(random_floats(elements, 2), dtype);
     auto want_k = k, want_v = v;
     kv.k = k.data();
     kv.v = v.data();
     const BlockCopy copies[] = {{1, 4}, {5, 0}};
     for (const auto& [src, dst] : copies) {
-      std::memcpy(want_k.data() + static_cast<size_t>(dst) * block,
-                  k.data() + static_cast<size_t>(src) * block, block);
-      std::memcpy(want_v.data() + static_cast<size_t>(dst) * block,
-                  v.data() + static_cast<size_t>(src) * block, block);
+      std::memcpy(want_k.data() + static_cast<size_t>(dst) * stride,
+                  k.data() + static_cast<size_t>(src) * stride, block);
+      std::memcpy(want_v.data() + static_cast<size_t>(dst) * stride,
+                  v.data() + static_cast<size_t>(src) * stride, block);
     }
     StepInputs in;
     in.num_copies = 2;

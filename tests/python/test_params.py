@@ -525,7 +525,7 @@ def test_sizes_that_follow_from_others(tmp_path: Path) -> None:
         config = EngineArgs(model="x", **options).engine_config(loaded)
         return config.max_num_seqs, config.max_num_batched_tokens
 
-    assert sizes() == (256, 2048)
+    assert sizes() == (256, 256)
     assert sizes(max_num_batched_tokens=100) == (100, 100)
     assert sizes(max_num_seqs=3000) == (3000, 3000)
     assert sizes(enable_chunked_prefill=False) == (256, 5000)
