@@ -15,6 +15,7 @@ from .validation import check_bool, check_text
 SPECIAL_TOKENS = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
+LONG_TEXT = 1 << 15  # from so many characters on, other threads should go on meanwhile
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Decoders whose text for a token depends on what follows it: no stream could be right.
 UNSTREAMABLE = {"BPEDecoder", "CTC"}
@@ -68,6 +69,9 @@ class Tokenizer:
         return cls(backend, config, _read_chat_templates(path, config))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if len(text) >= LONG_TEXT:  # a batch is tokenized without Python's lock
+            batch = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(batch[0].ids)
         return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

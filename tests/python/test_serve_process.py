@@ -200,9 +200,12 @@ def test_start_and_stop(model: list[str]) -> None:
         assert server.call("/health")[0] == 200
         status, _, body = server.call("/metrics")
         assert status == 200 and b"nano_inference_kv_cache_num_blocks 13000" in body
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket"}
+        assert server.call("/health", headers=upgrade)[0] == 200
         server.signal(signal.SIGTERM)
         assert server.exit_code() == 0
         assert "stopped" in server.lines[-1] and "Traceback" not in server.log
+        assert "WebSocket" not in server.log  # uvicorn would advise to install it
 
 
 def test_health_while_loading(endless_model_dir: Path, tmp_path: Path) -> None:

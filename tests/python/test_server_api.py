@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +83,7 @@ def turns_into(before: str | None, after: str) -> Callable[[Reply, Reply], bool]
 NO_INT = ["1", 1.5, True, 10**30]
 NO_NUMBER = ["1", True, [1], 10**400]
 NO_BOOL = ["true", 1, 0]
-NO_STRINGS = [5, [5], [""], {"a": 1}]
+NO_STRINGS = [5, [5], [""], {"a": 1}, ["q"] * 257, ["q" * 1001]]
 NO_IDS = [5, "x", ["a"], [-1], [1.5], [True], [261], [2**31]]
 
 SAMPLED = {"temperature": 1.0, "seed": 1}
@@ -658,6 +661,26 @@ def test_large_prompts_are_tokenized_aside_and_the_same(server: Server) -> None:
     reply = server.complete(prompt="x" * 40_000, truncate_prompt_tokens=100, max_tokens=4)
     assert usage(reply)["prompt_tokens"] == 100
     assert server.post("/tokenize", {"prompt": "x" * 40_000}).json["count"] == 40_001
+
+
+def test_long_texts_are_tokenized_while_others_go_on(server: Server) -> None:
+    """Threads alone are no help if one of them keeps Python's lock."""
+    tokenizer = server.llm.get_tokenizer()
+    begin = threading.Event()
+
+    def encode() -> None:
+        begin.wait()
+        tokenizer.encode("an example " * 100_000)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(encode)
+        begin.set()
+        steps = 0
+        while not done.done():
+            time.sleep(0.001)
+            steps += 1
+        done.result()
+    assert steps > 10
 
 
 def test_trace(server: Server) -> None:

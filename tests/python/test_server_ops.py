@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shlex
+import signal
 import socket
 import time
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ from nano_inference.server.args import ServeArgs
 from nano_inference.server.logs import REQUEST_ID, JsonFormatter, TextFormatter
 from nano_inference.server.metrics import Metrics
 from nano_inference.server.middleware import build_middleware
-from nano_inference.server.run import bind_socket, example_request, server_url
+from nano_inference.server.run import ServerProcess, bind_socket, example_request, server_url
 from nano_inference.server.state import DRAINING, FAILED, LOADING, READY, ServerState
 
 
@@ -466,7 +467,8 @@ def test_health_follows_phase_and_engine() -> None:
 def test_health_sees_a_stuck_step(model_dir: Path) -> None:
     """A step of 1000 prompt tokens through the slow reference kernels is stuck for as long as it
     takes; the engine is none the worse afterwards."""
-    llm = AsyncLLM(str(model_dir), use_tqdm_on_load=False, isa="reference", num_threads=1)
+    options = {"isa": "reference", "num_threads": 1, "max_num_batched_tokens": 2048}
+    llm = AsyncLLM(str(model_dir), use_tqdm_on_load=False, **options)
     state = ServerState(ServeArgs(health_timeout=0.02), Metrics(), llm, READY)
 
     async def go() -> list[str | None]:
@@ -524,6 +526,32 @@ def test_unix_sockets(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="it exists and is no socket"):
         bind_socket(args)
     assert path.read_text() == "precious"
+
+
+def test_the_drain_is_no_requests_own(caplog: pytest.LogCaptureFixture) -> None:
+    """A signal that interrupts a request is not logged under the request's id."""
+    caplog.set_level(logging.INFO)
+    ids: list[str] = []
+
+    class Seen(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            ids.append(REQUEST_ID.get())
+            return True
+
+    async def go() -> None:
+        process._loop = asyncio.get_running_loop()
+        REQUEST_ID.set("interrupted")
+        process._on_signal(signal.SIGTERM, None)
+        await asyncio.sleep(0)
+
+    with bind_socket(ServeArgs(port=0)) as sock:
+        process = ServerProcess(ServeArgs(port=0), sock, 0.0)
+        seen = Seen()
+        caplog.handler.addFilter(seen)
+        asyncio.run(go())
+        caplog.handler.removeFilter(seen)
+    assert "SIGTERM while loading" in caplog.text
+    assert ids and "interrupted" not in ids
 
 
 def test_the_example_request() -> None:

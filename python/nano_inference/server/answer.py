@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from .. import __version__
-from ..engine import PreparedRequest, Prompt
+from ..engine import PreparedRequest
 from ..outputs import CompletionOutput, RequestOutput
 from ..sampling_params import SamplingParams
+from ..tokenizer import LONG_TEXT
 from .errors import ApiError, from_value_error, refused, unavailable
 from .protocol import CompletionTokensDetails, GenerationRequest, PromptTokensDetails, Usage
 
@@ -30,7 +31,6 @@ SAMPLING_FIELDS = tuple(
     for field in dataclass_fields(SamplingParams)
     if field.name in GenerationRequest.__struct_fields__
 )
-_LONG_TEXT = 1 << 15  # from so many characters on, tokenizing would hold up the event loop
 
 T = TypeVar("T")
 encode = msgspec.json.Encoder().encode
@@ -38,7 +38,7 @@ encode = msgspec.json.Encoder().encode
 
 async def off_loop(size: int, work: Callable[[], T]) -> T:
     """Large work runs on a thread, so that streams go on meanwhile."""
-    return work() if size < _LONG_TEXT else await asyncio.to_thread(work)
+    return work() if size < LONG_TEXT else await asyncio.to_thread(work)
 
 
 def served_model(state: ServerState, name: str | None) -> str:
@@ -103,7 +103,7 @@ async def prepare(
     whole: dict[str, Any] = {}
     if isinstance(prompt, str):
         whole["prompt"] = prompt
-        if len(prompt) >= _LONG_TEXT:
+        if len(prompt) >= LONG_TEXT:
             tokenizer = llm.get_tokenizer()
             whole["prompt_token_ids"] = await asyncio.to_thread(
                 tokenizer.encode, prompt, add_special_tokens
@@ -114,7 +114,7 @@ async def prepare(
         whole["cache_salt"] = request.cache_salt
     try:
         prepared = llm.engine.prepare(
-            _as_prompt(whole),
+            whole,
             params,
             request_id=request_id,
             priority=request.priority or 0,
@@ -131,11 +131,14 @@ async def prepare(
             names["max_tokens"],
             "context_length_exceeded",
         )
+    if length + params.min_tokens > longest:
+        raise refused(
+            f"min_tokens is {params.min_tokens}, but after the prompt's {length} tokens only "
+            f"{longest - length} of the model's {longest} are left",
+            "min_tokens",
+            "context_length_exceeded",
+        )
     return prepared
-
-
-def _as_prompt(whole: dict[str, Any]) -> Prompt:
-    return whole
 
 
 class Answer:

@@ -17,7 +17,7 @@ from .. import __version__
 from .chat import read_chat
 from .completions import read_completion
 from .endpoints import CompletionEndpoint
-from .errors import ApiError, json_response
+from .errors import RETRY_AFTER, ApiError, json_response
 from .openapi import openapi_document
 from .protocol import ModelCard, ModelList
 from .tokenize import detokenize, tokenize
@@ -111,8 +111,7 @@ async def model(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     if (why := _state(request).unhealthy_because()) is not None:
-        headers = {"Retry-After": "1"}
-        raise ApiError(503, why, code="unhealthy", headers=headers)
+        raise ApiError(503, why, code="unhealthy", headers=RETRY_AFTER)
     return json_response({"status": "ok"})
 
 

@@ -204,7 +204,7 @@ class ServeArgs(metaclass=NamedFields):
     max_num_batched_tokens: int | None = option(
         "Engine",
         "Most tokens in a step.",
-        unset="2048; without chunked prefill at least max_model_len",
+        unset="256, or max_num_seqs; without chunked prefill at least max_model_len",
         low=1,
     )
     enable_chunked_prefill: bool = option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -36,9 +37,12 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
     answer = CompletionAnswer(state, llm, request)
     prompts = _prompts(llm, request)
     limit = llm.engine.core.config.max_waiting
-    if 0 < limit < len(prompts):
+    choices = max(answer.n, request.best_of or 0)
+    if len(prompts) > 1 and 0 < limit < len(prompts) * choices:
         raise refused(
-            f"prompt holds {len(prompts)} prompts, more than the queue's {limit}", "prompt"
+            f"prompt holds {len(prompts)} prompts with {choices} choices each, more than the "
+            f"queue's {limit}",
+            "prompt",
         )
     asked = request.max_tokens
     more: dict[str, Any] = {"max_tokens": DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)}
@@ -47,13 +51,14 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
         if request.echo:
             more["prompt_logprobs"] = request.logprobs
     names = _NAMES
-    if (best_of := request.best_of or 0) > answer.n:
+    if choices > answer.n:
         names = {**_NAMES, "n": "best_of"}
-        more |= {"n": best_of, "logprobs": request.logprobs or 0}
+        more |= {"n": choices, "logprobs": request.logprobs or 0}
     params = sampling_params(llm, request, names, **more)
     if request.prompt_logprobs is not None:  # both wish some: the larger number serves both
         params.prompt_logprobs = _larger(params.prompt_logprobs, request.prompt_logprobs)
     for i, prompt in enumerate(prompts):
+        await asyncio.sleep(0)  # streams go on meanwhile
         try:
             prepared = await prepare(
                 llm,

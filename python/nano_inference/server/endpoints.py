@@ -11,8 +11,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from .answer import Answer
-from .errors import ApiError, refused, timed_out
-from .streaming import CLIENT_GONE, Exchange
+from .errors import CLIENT_GONE, ApiError, refused, timed_out
+from .streaming import Exchange
 
 if TYPE_CHECKING:
     from .state import ServerState
@@ -45,7 +45,7 @@ class CompletionEndpoint:
             limit = state.args.request_timeout
             body = await asyncio.wait_for(json_body(Request(scope, receive)), limit)
         except asyncio.TimeoutError:
-            raise timed_out(limit or 0.0) from None
+            raise timed_out(limit or 0.0, {"Connection": "close"}) from None
         except ClientDisconnect:
             return
         state.in_flight += 1

@@ -16,6 +16,7 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+CLIENT_GONE = 499  # nginx's number, for logs and metrics: the client did not wait for the answer
 RETRY_AFTER = {"Retry-After": "1"}
 
 
@@ -80,8 +81,9 @@ def queue_full(why: str) -> ApiError:
     return ApiError(429, why, code="queue_full", headers=RETRY_AFTER)
 
 
-def timed_out(seconds: float) -> ApiError:
-    return ApiError(504, f"the request took longer than {seconds:g} s", code="timeout")
+def timed_out(seconds: float, headers: Mapping[str, str] | None = None) -> ApiError:
+    why = f"the request took longer than {seconds:g} s"
+    return ApiError(504, why, code="timeout", headers=headers)
 
 
 def from_value_error(error: ValueError, fields: Mapping[str, str]) -> ApiError:

@@ -20,7 +20,13 @@ def setup_logging(level: str, log_format: str) -> None:
     quiet = max(logging.getLevelName(level.upper()), logging.WARNING)
     for name in ("uvicorn", "uvicorn.error", "asyncio", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(quiet)
+    logging.getLogger("uvicorn.error").addFilter(_is_of_use)
     logging.captureWarnings(True)
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whoever asks for a WebSocket gets a plain answer; uvicorn's advice to install one is none."""
+    return not record.getMessage().startswith(("Unsupported upgrade", "No supported WebSocket"))
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
-from .errors import ApiError
+from .errors import CLIENT_GONE, ApiError
 from .logs import REQUEST_ID
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nano_inference.server")
 access_logger = logging.getLogger("nano_inference.access")
 
-CLIENT_GONE = 499  # as status of a request whose client did not wait for the answer
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _LINGER_SECONDS = 2.0
 

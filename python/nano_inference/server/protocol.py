@@ -24,6 +24,9 @@ Probability = Annotated[float, Meta(ge=0, le=1)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 NonEmpty = Annotated[str, Meta(min_length=1)]
+# Each of them costs time at every token, or is tokenized beforehand, while others wait.
+Word = Annotated[str, Meta(min_length=1, max_length=1000)]
+Words = Annotated[list[Word], Meta(max_length=256)]
 
 # Fields with one possible value here (others are refused, with the reason): name -> (values, why).
 _COMMON_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -90,9 +93,9 @@ class GenerationRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     seed: Int64 | None = None
     logit_bias: dict[int, Bias] | None = None
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1)] | None = None
-    bad_words: list[NonEmpty] | None = None
+    bad_words: Words | None = None
     # -- Where it ends --
-    stop: NonEmpty | list[NonEmpty] | None = None
+    stop: Word | Words | None = None
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     min_tokens: Natural | None = None

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from .. import bundled
@@ -224,7 +225,10 @@ class ServerProcess:
             _exit_now(128 + signum)
         ready = self.state.phase == READY
         self.state.phase = DRAINING
-        self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(signum).name, ready)
+        # In a context of its own: the log's lines are not those of a request that was interrupted.
+        self._loop.call_soon_threadsafe(
+            self._begin_drain, signal.Signals(signum).name, ready, context=Context()
+        )
 
     def _begin_drain(self, why: str, ready: bool) -> None:
         if not ready:

@@ -18,7 +18,7 @@ from starlette.types import Message, Receive, Send
 
 from .._core import QueueFullError
 from .answer import Answer
-from .errors import ApiError, queue_full, timed_out, unavailable
+from .errors import CLIENT_GONE, ApiError, queue_full, timed_out, unavailable
 
 if TYPE_CHECKING:
     from ..async_llm import RequestStream
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("nano_inference.server")
 
-CLIENT_GONE = 499  # nginx's number for it, in logs and metrics
 SEND_SECONDS = 30.0  # how long one send may wait for a reader
 _TICK = 1.0  # the supervisor looks at least so often
 _LAST_SECONDS = 1.0  # for a last word to a reader who may be stuck
@@ -194,8 +193,9 @@ class Exchange:
             return
         with suppress(OSError, asyncio.TimeoutError):
             if self._sender.status == 0:
-                headers = [(k.encode(), v.encode()) for k, v in (error.headers or {}).items()]
-                await self._sender.start(error.status, _JSON + headers)
+                headers = {**(error.headers or {}), "content-length": str(len(body))}
+                more = [(k.encode(), v.encode()) for k, v in headers.items()]
+                await self._sender.start(error.status, _JSON + more)
                 await asyncio.wait_for(self._sender.body(body, False), _LAST_SECONDS)
             elif not self._sender.finished:
                 event = b"data: " + body + b"\n\n"

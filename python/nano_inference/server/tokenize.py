@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -31,17 +29,17 @@ async def tokenize(request: Request) -> Response:
                 raise refused(f"{name} needs messages", name)
     tokenizer = llm.get_tokenizer()
 
-    def work() -> list[int]:
+    def work() -> Response:
         text, special = asked.prompt, asked.add_special_tokens
         if text is None:
             text = render(llm, asked)
-        return tokenizer.encode(text, (asked.messages is None) if special is None else special)
+        ids = tokenizer.encode(text, (asked.messages is None) if special is None else special)
+        reply = Tokens(len(ids), llm.engine.core.config.max_model_len, ids)
+        if asked.return_token_strs:
+            reply.token_strs = [tokenizer.token_bytes(t).decode(errors="replace") for t in ids]
+        return json_response(reply)
 
-    ids = await off_loop(len(body), work)
-    reply = Tokens(len(ids), llm.engine.core.config.max_model_len, ids)
-    if asked.return_token_strs:
-        reply.token_strs = [tokenizer.token_bytes(t).decode(errors="replace") for t in ids]
-    return json_response(reply)
+    return await off_loop(len(body), work)
 
 
 async def detokenize(request: Request) -> Response:
@@ -51,10 +49,14 @@ async def detokenize(request: Request) -> Response:
     asked = read_body(body, DetokenizeRequest)
     served_model(state, asked.model)
     limit = llm.engine.loaded.model_config.vocab_size
-    for i, token in enumerate(asked.tokens):
-        if token >= limit:
-            raise refused(
-                f"tokens[{i}] is {token}, but the vocabulary has {limit} tokens", f"tokens[{i}]"
-            )
-    decode = partial(llm.get_tokenizer().decode, asked.tokens, skip_special_tokens=False)
-    return json_response(Text(await off_loop(len(body), decode)))
+    tokenizer = llm.get_tokenizer()
+
+    def work() -> Response:
+        for i, token in enumerate(asked.tokens):
+            if token >= limit:
+                raise refused(
+                    f"tokens[{i}] is {token}, but the vocabulary has {limit} tokens", f"tokens[{i}]"
+                )
+        return json_response(Text(tokenizer.decode(asked.tokens, skip_special_tokens=False)))
+
+    return await off_loop(len(body), work)
