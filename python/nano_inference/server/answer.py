@@ -47,7 +47,7 @@ def served_model(state: ServerState, name: str | None) -> str:
         known = ", ".join(state.model_names)
         raise ApiError(
             404,
-            f"the model {name!r} is not served here, only {known} is",
+            f"the model {name[:200]!r} is not served here, only {known} is",
             param="model",
             code="model_not_found",
         )
@@ -124,20 +124,14 @@ async def prepare(
         raise from_value_error(error, names) from None
     longest = llm.engine.core.config.max_model_len
     length = len(prepared.state.prompt_token_ids)
-    if asked_tokens is not None and length + asked_tokens > longest:
-        raise refused(
-            f"{names['max_tokens']} is {asked_tokens}, but after the prompt's {length} tokens only "
-            f"{longest - length} of the model's {longest} are left",
-            names["max_tokens"],
-            "context_length_exceeded",
-        )
-    if length + params.min_tokens > longest:
-        raise refused(
-            f"min_tokens is {params.min_tokens}, but after the prompt's {length} tokens only "
-            f"{longest - length} of the model's {longest} are left",
-            "min_tokens",
-            "context_length_exceeded",
-        )
+    for name, tokens in ((names["max_tokens"], asked_tokens), ("min_tokens", params.min_tokens)):
+        if tokens is not None and length + tokens > longest:
+            raise refused(
+                f"{name} is {tokens}, but after the prompt's {length} tokens only "
+                f"{longest - length} of the model's {longest} are left",
+                name,
+                "context_length_exceeded",
+            )
     return prepared
 
 

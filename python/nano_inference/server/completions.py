@@ -36,27 +36,10 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
     _check(request)
     answer = CompletionAnswer(state, llm, request)
     prompts = _prompts(llm, request)
-    limit = llm.engine.core.config.max_waiting
     choices = max(answer.n, request.best_of or 0)
-    if len(prompts) > 1 and 0 < limit < len(prompts) * choices:
-        raise refused(
-            f"prompt holds {len(prompts)} prompts with {choices} choices each, more than the "
-            f"queue's {limit}",
-            "prompt",
-        )
-    asked = request.max_tokens
-    more: dict[str, Any] = {"max_tokens": DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)}
-    if request.logprobs is not None:
-        more["logprobs"] = request.logprobs
-        if request.echo:
-            more["prompt_logprobs"] = request.logprobs
-    names = _NAMES
-    if choices > answer.n:
-        names = {**_NAMES, "n": "best_of"}
-        more |= {"n": choices, "logprobs": request.logprobs or 0}
-    params = sampling_params(llm, request, names, **more)
-    if request.prompt_logprobs is not None:  # both wish some: the larger number serves both
-        params.prompt_logprobs = _larger(params.prompt_logprobs, request.prompt_logprobs)
+    _check_count(llm, len(prompts), choices)
+    names = _NAMES if choices == answer.n else {**_NAMES, "n": "best_of"}
+    params = sampling_params(llm, request, names, **_more(request, choices))
     for i, prompt in enumerate(prompts):
         await asyncio.sleep(0)  # streams go on meanwhile
         try:
@@ -68,7 +51,7 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
                 f"{answer.id}-{i}",
                 names,
                 add_special_tokens=request.add_special_tokens is not False,
-                asked_tokens=asked,
+                asked_tokens=request.max_tokens,
             )
         except ApiError as error:
             if len(prompts) > 1 and error.param == "prompt":
@@ -89,8 +72,32 @@ def _check(request: CompletionRequest) -> None:
         raise refused("max_tokens must be at least 1 (0 needs echo)", "max_tokens")
 
 
-def _larger(a: int | None, b: int) -> int:
-    return b if a is None else -1 if -1 in (a, b) else max(a, b)
+def _check_count(llm: AsyncLLM, prompts: int, choices: int) -> None:
+    limit = llm.engine.core.config.max_waiting
+    if prompts > 1 and 0 < limit < prompts * choices:
+        raise refused(
+            f"prompt holds {prompts} prompts with {choices} choices each, more than the queue's "
+            f"{limit}",
+            "prompt",
+        )
+
+
+def _more(request: CompletionRequest, choices: int) -> dict[str, Any]:
+    """Sampling parameters that the request's fields do not give by themselves."""
+    asked, top = request.max_tokens, request.logprobs
+    more: dict[str, Any] = {"max_tokens": DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)}
+    if choices > (request.n or 1):  # to know the best of them
+        more |= {"n": choices, "logprobs": 0}
+    if top is not None:
+        more["logprobs"] = top
+        if request.echo:
+            other = request.prompt_logprobs
+            more["prompt_logprobs"] = top if other is None else _larger(top, other)
+    return more
+
+
+def _larger(a: int, b: int) -> int:
+    return -1 if -1 in (a, b) else max(a, b)
 
 
 def _prompts(llm: AsyncLLM, request: CompletionRequest) -> list[str | list[int]]:
