@@ -1,6 +1,6 @@
 // What the machine gives (cpp/cpu/machine.h), as one line of JSON. A program of its own, so that
 // the engine can be measured against it.
-//   machine THREADS        rates are medians over about half a second each
+//   machine THREADS        rates are the best of about half a second each
 #include "cpu/machine.h"
 
 #include <algorithm>

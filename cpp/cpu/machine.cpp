@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <barrier>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -22,20 +23,33 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Runs fn(thread) on all threads, again and again. Median work a second.
+// Runs fn(thread, round) on all threads, again and again, in rounds of less than a millisecond.
+// Work a second in the fastest: where others use the machine, too, that one says what it can do.
 template <typename Fn>
 double rate(int threads, double seconds, double work, const Fn& fn) {
-  std::vector<double> times;
-  for (const double start = now(); now() - start < seconds || times.size() < 5;) {
-    std::vector<std::thread> pool;
-    const double t = now();
-    for (int i = 1; i < threads; ++i) pool.emplace_back(fn, i);
-    fn(0);
-    for (std::thread& thread : pool) thread.join();
-    times.push_back(now() - t);
-  }
-  std::sort(times.begin(), times.end());
-  return work / times[times.size() / 2];
+  std::barrier gate(threads);
+  double best = 1e9;
+  bool done = false;
+  const double start = now();
+  const auto rounds = [&](int thread) {
+    double begin = 0;
+    for (int round = 0; !done; ++round) {
+      gate.arrive_and_wait();
+      if (thread == 0) begin = now();
+      fn(thread, round);
+      gate.arrive_and_wait();
+      if (thread == 0) {
+        best = std::min(best, now() - begin);
+        done = round >= 8 && now() - start > seconds;
+      }
+      gate.arrive_and_wait();
+    }
+  };
+  std::vector<std::thread> pool;
+  for (int i = 1; i < threads; ++i) pool.emplace_back(rounds, i);
+  rounds(0);
+  for (std::thread& thread : pool) thread.join();
+  return work / best;
 }
 
 // Where results go, so that they are computed.
@@ -77,7 +91,7 @@ __attribute__((target("avx512f"))) uint64_t read_avx512(const uint64_t* data, si
 // Each returns the operations of one loop.
 
 constexpr int kChains = 16;  // independent sums: enough to hide the latency
-constexpr int kLoops = 2'000'000;
+constexpr int kLoops = 200'000;
 
 #if defined(__x86_64__)
 __attribute__((target("avx512f"))) double fma_avx512(int loops) {
@@ -125,7 +139,7 @@ double fma_plain(int loops) {
 
 double multiply_adds(int threads, double seconds, double (*kernel)(int)) {
   const double work = kernel(1) * kLoops * threads;
-  return rate(threads, seconds, work, [kernel](int) { kernel(kLoops); });
+  return rate(threads, seconds, work, [kernel](int, int) { kernel(kLoops); });
 }
 
 }  // namespace
@@ -146,9 +160,12 @@ MachineRates measure_machine(int threads, double seconds, int megabytes) {
   if (__builtin_cpu_supports("avx512bf16")) dot = dot_avx512;
 #endif
 
-  // Words of a thread's part, which it touches first and reads alone; a multiple of 32.
-  const size_t words =
-      (static_cast<size_t>(megabytes) << 17) / static_cast<size_t>(threads) / 32 * 32;
+  // Words of a thread's part, which it touches first and reads alone, a slice a round: when a slice
+  // comes again, all the others have gone through the caches.
+  constexpr size_t kSlices = 8;
+  const size_t slice =
+      (static_cast<size_t>(megabytes) << 17) / static_cast<size_t>(threads) / kSlices / 32 * 32;
+  const size_t words = slice * kSlices;
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
@@ -165,8 +182,9 @@ MachineRates measure_machine(int threads, double seconds, int megabytes) {
   }
 
   MachineRates rates;
-  rates.read = rate(threads, seconds, static_cast<double>(words) * 8 * threads, [&](int i) {
-    keep(static_cast<float>(read(parts[static_cast<size_t>(i)].get(), words)));
+  rates.read = rate(threads, seconds, static_cast<double>(slice) * 8 * threads, [&](int i, int r) {
+    const uint64_t* part = parts[static_cast<size_t>(i)].get();
+    keep(static_cast<float>(read(part + static_cast<size_t>(r) % kSlices * slice, slice)));
   });
   rates.fp32 = multiply_adds(threads, seconds, fma);
   const double bf16 = dot != nullptr ? multiply_adds(threads, seconds, dot) : 0.0;

@@ -10,7 +10,7 @@ struct MachineRates {
   double bf16 = 0;  // the same of bf16 dot products, where the CPU has them; else fp32's
 };
 
-// All threads at once; each rate is the median of rounds over about `seconds`. Takes `megabytes` of
+// All threads at once; each rate is the best of rounds over about `seconds`. Takes `megabytes` of
 // memory to read, which should be several times the caches.
 MachineRates measure_machine(int threads, double seconds, int megabytes);
 
