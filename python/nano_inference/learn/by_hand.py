@@ -110,12 +110,12 @@ class Decoder:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return np.ascontiguousarray(values, np.float32)
 
-    def weight(self, names: Sequence[str], rows: int) -> list[_core.Weight]:
-        """The weights `names`, one below the other, cut into the columns that `split` asks for."""
-        key = (tuple(names), self.ops.split(rows))
+    def weight(self, names: Sequence[str], cuts: int = 1) -> list[_core.Weight]:
+        """The weights `names`, one below the other, their columns cut into so many parts."""
+        key = (tuple(names), cuts)
         if key not in self._weights:
             full = np.concatenate([self._slots[f"{name}.weight"] for name in names])
-            source, cuts = _SOURCE[full.dtype.name], key[1]
+            source = _SOURCE[full.dtype.name]
             edges = [full.shape[1] * i // cuts for i in range(cuts + 1)]
             self._weights[key] = [
                 self.ops.native.weight(np.ascontiguousarray(full[:, a:b]), source, self.dtype)
@@ -124,7 +124,7 @@ class Decoder:
         return self._weights[key]
 
     def linear(self, x: F32, names: Sequence[str], out: F32) -> None:
-        self.ops.linear(x, self.weight(names, len(x)), out)
+        self.ops.linear(x, self.weight(names, self.ops.split(len(x))), out)
 
     def forward(self, tokens: Sequence[Sequence[int]], computed: Sequence[int]) -> F32:
         """Logits of the last token of each sequence; sequence s has `computed[s]` tokens in the
@@ -143,7 +143,7 @@ class Decoder:
         ids = np.concatenate([np.asarray(t, np.int32) for t in tokens])
         c = self.config
         x = np.empty((len(ids), c.hidden_size), np.float32)
-        self.ops.native.embed(ids, positions, self.weight(["embed"], 0)[0], x)
+        self.ops.native.embed(ids, positions, self.weight(["embed"])[0], x)
         normed = np.empty_like(x)
         self.ops.norm(x, self.norm_weight("layers.0.attn_norm"), normed, c.norm_eps)
         for layer in self.layers:

@@ -25,6 +25,7 @@ STAGES = [
     Stage(1, "Basic inference", "tokens to logits to tokens; why there is a KV cache", ".stage1"),
     Stage(2, "Batching", "one pass over the weights serves many", ".stage2"),
     Stage(3, "Memory", "where the slots of the KV cache go, and what they are worth", ".stage3"),
+    Stage(4, "Kernels", "from plain loops to the machine's limits, bit by bit the same", ".stage4"),
 ]
 
 
