@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from .. import __version__
+from .. import chat as templates
 from .errors import ErrorBody
 from .protocol import (
     FIXED,
@@ -24,6 +25,7 @@ from .protocol import (
 from .trace import TraceList
 
 if TYPE_CHECKING:
+    from ..async_llm import AsyncLLM
     from .state import ServerState
 
 _REQUESTS = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
@@ -45,7 +47,9 @@ _QUICK = (401, 405, 413, 500)
 _READS = (400, 404, 503, *_QUICK)
 _TAKES = (415, *_READS)
 _GENERATES = (429, 504, *_TAKES)
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS: dict[str, Any] = {"text/event-stream": {}}  # OpenAPI 3.1 has no words for events
+# The engine's numbers are 32 bits wide: from where they round to 0 and to infinity.
+_FLOAT_ZERO, _FLOAT_END = 2.0**-150, (2 - 2.0**-24) * 2.0**127
 
 
 def openapi_document(state: ServerState, root_path: str = "") -> dict[str, Any]:
@@ -54,6 +58,10 @@ def openapi_document(state: ServerState, root_path: str = "") -> dict[str, Any]:
     )
     for kind in _REQUESTS:
         _add_what_is_known(schemas, kind, state)
+        if rules := _RULES.get(kind):
+            schemas[kind.__name__]["allOf"] = rules
+    if state.llm is not None:
+        _add_template(schemas, state.llm)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -90,6 +98,16 @@ def _add_what_is_known(schemas: dict[str, Any], kind: type, state: ServerState) 
         _limit(properties.get(name), config.max_num_seqs)
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         _limit(properties.get(name), min(config.max_logprobs, _top_logprobs(name)))
+        if state.args.max_logprobs != -1:  # then -1 does not ask for the vocabulary
+            _limit(properties.get(name), 0, "minimum")
+    for name in ("temperature", "repetition_penalty"):
+        _limit(properties.get(name), _FLOAT_END, "exclusiveMaximum")
+    for name in ("top_p", "repetition_penalty"):
+        _limit(properties.get(name), _FLOAT_ZERO, "exclusiveMinimum")
+    if "truncate_prompt_tokens" in properties:
+        properties["truncate_prompt_tokens"]["not"] = {"const": 0}
+    if kind is CompletionRequest:
+        _unmix(properties["prompt"], config.max_waiting)
     if "priority" in properties and config.policy != "priority":
         properties["priority"] = {"enum": [None, 0], "default": None}
     largest = state.llm.engine.loaded.model_config.vocab_size - 1
@@ -111,16 +129,101 @@ def _top_logprobs(name: str) -> int:
     return 20 if name == "top_logprobs" else 2**31 - 1  # OpenAI's limit
 
 
-def _limit(schema: Any, largest: int) -> None:
-    """Every integer in it is at most `largest`."""
+def _limit(schema: Any, limit: float, bound: str = "maximum") -> None:
+    """Every number in it is at most `limit`, or whatever `bound` says."""
     if isinstance(schema, list):
         for part in schema:
-            _limit(part, largest)
+            _limit(part, limit, bound)
     elif isinstance(schema, dict):
-        if schema.get("type") == "integer":
-            schema["maximum"] = largest
+        if schema.get("type") in ("integer", "number"):
+            schema[bound] = limit
         for part in schema.values():
-            _limit(part, largest)
+            _limit(part, limit, bound)
+
+
+def _unmix(prompt: dict[str, Any], max_waiting: int) -> None:
+    """A list is a prompt of token ids, or one of prompts, which all wait in the queue."""
+    text, mixed, null = prompt["anyOf"]
+    _, token, ids = mixed["items"]["anyOf"]
+    ids["minItems"] = 1
+    several = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1}
+    if max_waiting:
+        several["maxItems"] = max_waiting
+    prompt["anyOf"] = [text, {"type": "array", "items": token, "minItems": 1}, several, null]
+
+
+def _add_template(schemas: dict[str, Any], llm: AsyncLLM) -> None:
+    """What the model's chat template reads; other things would have no effect."""
+    tokenizer = llm.engine.tokenizer
+    if tokenizer is None:
+        return
+    try:
+        template = tokenizer.choose_template(None)
+        known = templates.variables(template) - {"messages", "add_generation_prompt", "tools"}
+        named = templates.mentions(template, "name")
+    except ValueError:  # then every chat is refused
+        return
+    nothing = {"enum": [None], "default": None}
+    for kind in (ChatRequest, TokenizeRequest):
+        for option in schemas[kind.__name__]["properties"]["chat_template_kwargs"]["anyOf"]:
+            if option.get("type") == "object":
+                option |= {"properties": {k: {} for k in sorted(known)}}
+                option["additionalProperties"] = False
+    efforts = schemas["ChatRequest"]["properties"]
+    if "reasoning_effort" not in known:
+        off = {"enum": ["none", None], "default": None}
+        efforts["reasoning_effort"] = off if "enable_thinking" in known else nothing
+    if not named:
+        schemas["ChatMessage"]["properties"]["name"] = nothing
+
+
+# -- Fields that depend on others -----------------------------------------------------------------
+
+
+_OFF = {"enum": [False, None]}
+_NULL = {"type": "null"}
+
+
+def _either(*cases: dict[str, Any]) -> dict[str, Any]:
+    """Each case is a schema for some of the fields; what must be there, is not null."""
+    return {
+        "anyOf": [
+            {
+                "properties": case,
+                "required": [k for k, v in case.items() if v not in (_OFF, _NULL, _SOME)],
+            }
+            for case in cases
+        ]
+    }
+
+
+_ON = {"const": True}
+_SOME = {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]}
+_STREAM = _either(
+    {"stream": _ON, "prompt_logprobs": _NULL}, {"stream": _OFF, "stream_options": _NULL}
+)
+_CONTINUES = {"continue_final_message": _ON, "add_generation_prompt": _OFF}
+_RULES: dict[type, list[dict[str, Any]]] = {
+    CompletionRequest: [_STREAM, _either({"max_tokens": _SOME}, {"echo": _ON})],
+    ChatRequest: [
+        _STREAM,
+        _either({"top_logprobs": _NULL}, {"logprobs": _ON}),
+        _either({"continue_final_message": _OFF, "echo": _OFF}, _CONTINUES),
+    ],
+    TokenizeRequest: [
+        _either(
+            {
+                "prompt": {"type": "string"},
+                "messages": _NULL,
+                "add_generation_prompt": _NULL,
+                "continue_final_message": _NULL,
+                "chat_template_kwargs": _NULL,
+            },
+            {"messages": {"type": "array"}, "prompt": _NULL},
+        ),
+        _either({"continue_final_message": _OFF}, _CONTINUES),
+    ],
+}
 
 
 # -- Paths ----------------------------------------------------------------------------------------

@@ -214,6 +214,7 @@ def read_body(body: bytes, kind: type[Body]) -> Body:
         if name in fixed:
             _check_fixed(name, values.pop(name), *fixed[name])
         elif name not in known:
+            name = name[:200]
             raise refused(unknown_field("the request", name, [*known, *fixed]), name)
     try:
         return msgspec.convert(values, kind, str_keys=True)
