@@ -327,7 +327,33 @@ def test_a_client_that_never_reads_is_dropped(
         server.wait_for(lambda s: s["running"] == 1)
         server.wait_idle()
         slow.close()
+        assert "has read nothing" in caplog.text
+        caplog.clear()
+        body = {"prompt": "x", "n": 40, "max_tokens": 300, "ignore_eos": True, "logprobs": 5}
+        whole = server.raw("/v1/completions", body, receive_buffer=4096)
+        server.wait_for(lambda s: s["running"] == 1)
+        server.wait_idle()
+        whole.close()
     assert "has read nothing" in caplog.text
+
+
+def test_a_slow_reader_of_a_long_answer_gets_all_of_it(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is that it reads on, not how long all of it takes."""
+    monkeypatch.setattr(streaming, "SEND_SECONDS", 0.8)
+    body = {"prompt": "x", "n": 40, "max_tokens": 300, "ignore_eos": True, "logprobs": 5}
+    found = b""
+    with server.raw("/v1/completions", body, receive_buffer=4096) as client:
+        began = time.monotonic()
+        while not found.endswith(b"}}}"):
+            assert (part := client.recv(1 << 14)), found[-100:]
+            found += part
+            time.sleep(0.01)
+        assert time.monotonic() - began > 2 * streaming.SEND_SECONDS + 1  # it was slow
+    answer = json.loads(found.partition(b"\r\n\r\n")[2])
+    assert answer["usage"]["completion_tokens"] == 40 * 300
+    server.wait_idle()
 
 
 def test_clients_of_all_kinds_leave_nothing_behind(server: Server) -> None:

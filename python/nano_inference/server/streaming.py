@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("nano_inference.server")
 
 SEND_SECONDS = 30.0  # how long one send may wait for a reader
+_PIECE = 1 << 16  # bytes of a whole answer in one send: the reader need only take so much in time
 _TICK = 1.0  # the supervisor looks at least so often
 _LAST_SECONDS = 1.0  # for a last word to a reader who may be stuck
 
@@ -213,7 +214,9 @@ class Exchange:
         body = self._answer.whole(outputs)
         length = (b"content-length", str(len(body)).encode())
         await self._sender.start(200, [*_JSON, length])
-        await self._sender.body(body, False)
+        for start in range(0, len(body), _PIECE):
+            end = start + _PIECE
+            await self._sender.body(body[start:end], end < len(body))
 
     async def _write_events(self) -> None:
         answer, sender, metrics = self._answer, self._sender, self._state.metrics
