@@ -265,7 +265,9 @@ def _span(span: Span, x_axis: _Axis, y_axis: _Axis, color: str) -> list[str]:
     height = y_axis(1.0) - y_axis(0.0)
     gap = min(1.5, height / 8)
     x, y = x_axis(span.start), y_axis(span.row - 0.5)
-    parts = [_rectangle(x, y + gap, max(x_axis(span.end) - x, 0.4), height - 2 * gap, color)]
+    width = x_axis(span.end) - x
+    width -= min(1.0, width / 8)  # so that neighbours stay apart
+    parts = [_rectangle(x, y + gap, width, height - 2 * gap, color)]
     if span.label:
         middle = (x + x_axis(span.end)) / 2
         parts.append(_text(middle, y + height / 2 + 4, span.label, "middle", 10, "white"))

@@ -91,7 +91,8 @@ def _text(bench: Bench, token: int) -> str:
 
 def kv_cache(lab: Lab) -> Report:
     prompt_tokens, new = lab.size((96, 160), (12, 10))
-    with lab.bundled(max_num_seqs=1, enable_prefix_caching=False) as bench:
+    options = {"max_num_seqs": 1, "enable_prefix_caching": False, "max_num_batched_tokens": 512}
+    with lab.bundled(**options) as bench:
         prompt = bench.prompt(prompt_tokens)
         lengths = range(prompt_tokens, prompt_tokens + new)
         expected_rows = (sum(lengths), prompt_tokens + new - 1)
@@ -149,12 +150,14 @@ def kv_cache(lab: Lab) -> Report:
                 "new tokens",
                 "billion",
                 [(m, _cumulative([v / 1e9 for v in ops])) for m, ops in operations.items()],
+                y_log=True,
             ),
             Panel(
                 "Time so far",
                 "new tokens",
                 "ms",
                 [(m, _cumulative([1e3 * _seconds(s) for s in r])) for m, r in modes.items()],
+                y_log=True,
             ),
         ],
     )

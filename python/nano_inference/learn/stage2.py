@@ -112,16 +112,17 @@ def continuous_batching(lab: Lab) -> Report:
         f"filled again at once, {expected['continuous']} steps and "
         f"{1 - total / seats / expected['continuous']:.0%}."
     )
-    runs, tokens = {}, 0
+    runs: dict[str, Run] = {}
     for mode, how in lab.progress(list(modes.items()), "modes"):
         with lab.bundled(max_num_seqs=seats, enable_prefix_caching=False, **how) as bench:
             requests = [Request(bench.prompt(12, i), n) for i, n in enumerate(lengths)]
             runs[mode] = bench.run(requests)
-            tokens = sum(map(len, runs[mode].tokens))
+    tokens = sum(map(len, runs["static"].tokens))
+    same = runs["static"].tokens == runs["continuous"].tokens
     idle = {m: sum(seats - len(s["entries"]) for s in r.steps) for m, r in runs.items()}
     steps = {m: len(r.steps) for m, r in runs.items()}
     rows: list[list[Cell]] = []
-    counts: dict[str, float] = {"tokens": tokens, "seats": seats}
+    counts: dict[str, float] = {"tokens": tokens, "seats": seats, "same_tokens": same}
     for mode, run in runs.items():
         ends = [i for i, s in enumerate(run.steps, 1) for _ in s["finished"]]
         rows.append([mode, steps[mode], idle[mode], f"{idle[mode] / seats / steps[mode]:.0%}"])
@@ -135,7 +136,8 @@ def continuous_batching(lab: Lab) -> Report:
         f"{'exactly' if as_expected else 'not quite'} the steps that were expected: "
         f"{steps['static']} and {steps['continuous']}. Continuous batching did the same work in "
         f"{steps['continuous'] / steps['static']:.0%} of the steps and "
-        f"{runs['continuous'].seconds / runs['static'].seconds:.0%} of the time.",
+        f"{runs['continuous'].seconds / runs['static'].seconds:.0%} of the time, and made "
+        f"{'the same' if same else 'NOT the same'} tokens.",
         counts,
         [_timeline(mode, run, seats, max(steps.values())) for mode, run in runs.items()],
     )
@@ -178,11 +180,11 @@ def _timeline(mode: str, run: Run, seats: int, steps: int) -> Panel:
         Span(seat, first, end, f"request {request % 4}", str(request) if end - first > 9 else "")
         for request, seat, first, end in seat_spans(run.steps, seats)
     ]
-    edge: list[tuple[str, Points]] = [("", [(float(steps), 0.0)])]
+    edge: list[tuple[str, Points]] = [("", [(float(steps), 0.0)])]  # a point: not seen
     names = [str(i + 1) for i in range(seats)]
     title = f"{mode}: {len(run.steps)} steps; white is idle"
     return Panel(
-        title, "step", "seat", dots=edge, spans=spans, y_names=names, wide=True, legend=False
+        title, "step", "seat", lines=edge, spans=spans, y_names=names, wide=True, legend=False
     )
 
 
