@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,16 +74,20 @@ def _run(experiment: Experiment, device: str, out: Path, quiet: bool) -> Result:
     result = run(
         experiment,
         device,
-        say=lambda text: show(f"\nExpected: {text}\n"),
+        say=lambda text: show("\n" + _wrapped("Expected", text) + "\n"),
         show_progress=sys.stderr.isatty(),
     )
     result = write_plot(result, out)
     show(table(result.report.columns, result.report.rows))
-    show(f"\nOutcome:  {result.report.outcome}")
+    show("\n" + _wrapped("Outcome", result.report.outcome))
     if result.plot is not None:
-        show(f"Plot:     {result.plot}")
+        show(f"{'Plot:':10}{result.plot}")
     show()
     return result
+
+
+def _wrapped(name: str, text: str) -> str:
+    return textwrap.fill(text, 99, initial_indent=f"{name + ':':10}", subsequent_indent=" " * 10)
 
 
 def _listing() -> list[dict[str, object]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from .. import _core
 from ..bundled import DEFAULT, bundled_model
@@ -17,9 +17,6 @@ from ..loader import load_weights
 from ..random_model import model_config, random_engine
 from ..tokenizer import Tokenizer
 from .work import Work
-
-if TYPE_CHECKING:
-    from ..llm import LLM
 
 T = TypeVar("T")
 
@@ -171,15 +168,6 @@ class Lab:
     def model(self) -> _core.ModelConfig:
         """A shape for engine(): 142 million weights, more than a cache holds; tiny in tests."""
         return model_config(**self.size(MEDIUM, TINY))
-
-    @contextmanager
-    def llm(self, **options: Any) -> Iterator[LLM]:
-        """The bundled model; the options are EngineArgs'."""
-        from ..llm import LLM
-
-        defaults = {"device": self.device, "use_tqdm_on_load": False, "trace_capacity": 100_000}
-        with LLM(DEFAULT, **{**defaults, **options}) as llm:
-            yield llm
 
     @contextmanager
     def bundled(self, **options: Any) -> Iterator[Bench]:
