@@ -235,7 +235,7 @@ def roofline(lab: Lab) -> Report:
         counts,
         [
             Panel(
-                "Every step lies under the roof",
+                "Steps of one model, and what this machine allows",
                 "operations for each byte read",
                 "operations a second",
                 lines=[
