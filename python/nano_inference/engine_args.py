@@ -94,7 +94,7 @@ class EngineArgs(metaclass=NamedFields):
     """Most sequences in a step; None: 256, or max_num_batched_tokens if that is less."""
     max_num_batched_tokens: int | None = None
     """Most tokens in a step; None: 256, at least max_num_seqs, and max_model_len without chunked
-    prefill. More per step would not be faster on a CPU, and would hold up running requests longer."""
+    prefill. More would be no faster on a CPU, and would hold up running requests for longer."""
     max_waiting: int | None = None
     """Most requests in the queue; 0: any number; None: 1024 in AsyncLLM, any number in LLM."""
     max_logprobs: int = 20
