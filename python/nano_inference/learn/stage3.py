@@ -57,7 +57,7 @@ def contiguous_or_paged(lab: Lab) -> Report:
             num_blocks=slots // size,
             max_model_len=MAX_LEN,
             max_num_seqs=64,
-            max_num_batched_tokens=256,
+            max_num_batched_tokens=2048,
             enable_prefix_caching=False,
         ) as bench:
             run = runs[name] = bench.run(requests)
@@ -172,7 +172,7 @@ def block_size(lab: Lab) -> Report:
             num_blocks=slots // size,
             max_model_len=MAX_LEN,
             max_num_seqs=64,
-            max_num_batched_tokens=256,
+            max_num_batched_tokens=2048,
             enable_prefix_caching=False,
         ) as bench:
             run = bench.run(requests)
@@ -453,7 +453,7 @@ def short_memory(lab: Lab) -> Report:
                 num_blocks=blocks,
                 max_model_len=MAX_LEN,
                 max_num_seqs=64,
-                max_num_batched_tokens=256,
+                max_num_batched_tokens=2048,
                 enable_prefix_caching=cached,
             ) as bench:
                 run = bench.run(requests)
