@@ -152,7 +152,7 @@ def block_table(lab: Lab) -> Report:
 def block_size(lab: Lab) -> Report:
     slots = 8 * MAX_LEN
     sizes = lab.size([1, 4, 16, 64, 256], [1, 16, 256])
-    requests = mixed_requests(lab.size(64, 24), 2048, MAX_LEN)
+    requests = mixed_requests(lab.size(128, 24), 2048, MAX_LEN)
     held = mean_held(requests)
     expected = {size: live_share(requests, size) for size in sizes}
     lab.expect(
