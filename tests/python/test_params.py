@@ -440,7 +440,7 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 # Shown by tests of their own, below.
 OWN_TESTS: dict[str, list[Any]] = {
-    "model": ["", 3, None],
+    "model": ["", 3],
     "tokenizer": ["", 3],
     "revision": ["", 3],
     "download_dir": [3],
