@@ -91,10 +91,11 @@ class EngineArgs(metaclass=NamedFields):
     scheduling_policy: str = "fcfs"
     """fcfs, or priority (smaller numbers first)."""
     max_num_seqs: int | None = None
-    """Most sequences in a step; None: 256, or max_num_batched_tokens if that is less."""
+    """Most sequences in a step; None: 128, or max_num_batched_tokens if that is less. Arithmetic
+    bounds a step of so many rows on a CPU: with more, all would only be slower."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in a step; None: 256, at least max_num_seqs, and max_model_len without chunked
-    prefill. More would be no faster on a CPU, and would hold up running requests for longer."""
+    """Most tokens in a step; None: 128, at least max_num_seqs, and max_model_len without chunked
+    prefill. On a CPU, more would hardly be faster, and hold up running requests for longer."""
     max_waiting: int | None = None
     """Most requests in the queue; 0: any number; None: 1024 in AsyncLLM, any number in LLM."""
     max_logprobs: int = 20
@@ -172,7 +173,7 @@ class EngineArgs(metaclass=NamedFields):
         """All but the size of the cache (num_blocks = 1)."""
         tokens = self.max_num_batched_tokens
         if tokens is None:
-            tokens = max(256, 0 if self.enable_chunked_prefill else loaded.max_model_len)
+            tokens = max(128, 0 if self.enable_chunked_prefill else loaded.max_model_len)
             tokens = max(tokens, self.max_num_seqs or 0)
         elif not self.enable_chunked_prefill and tokens < loaded.max_model_len:
             raise ValueError(
@@ -195,7 +196,7 @@ class EngineArgs(metaclass=NamedFields):
             static_batching=self.static_batching,
             policy=self.scheduling_policy,
             max_model_len=loaded.max_model_len,
-            max_num_seqs=self.max_num_seqs or min(256, tokens),
+            max_num_seqs=self.max_num_seqs or min(128, tokens),
             max_num_batched_tokens=tokens,
             max_waiting=self.max_waiting or 0,
             max_logprobs=vocab_size if self.max_logprobs == -1 else self.max_logprobs,

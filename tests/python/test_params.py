@@ -525,10 +525,10 @@ def test_sizes_that_follow_from_others(tmp_path: Path) -> None:
         config = EngineArgs(model="x", **options).engine_config(loaded)
         return config.max_num_seqs, config.max_num_batched_tokens
 
-    assert sizes() == (256, 256)
+    assert sizes() == (128, 128)
     assert sizes(max_num_batched_tokens=100) == (100, 100)
     assert sizes(max_num_seqs=3000) == (3000, 3000)
-    assert sizes(enable_chunked_prefill=False) == (256, 5000)
+    assert sizes(enable_chunked_prefill=False) == (128, 5000)
 
 
 def test_seed_of_the_llm_gives_requests_theirs(model_dir: Path) -> None:

@@ -198,13 +198,13 @@ class ServeArgs(metaclass=NamedFields):
     max_num_seqs: int | None = option(
         "Engine",
         "Most sequences in a step.",
-        unset="256, or max_num_batched_tokens if that is less",
+        unset="128, or max_num_batched_tokens if that is less",
         low=1,
     )
     max_num_batched_tokens: int | None = option(
         "Engine",
         "Most tokens in a step.",
-        unset="256, or max_num_seqs; without chunked prefill at least max_model_len",
+        unset="128, at least max_num_seqs; without chunked prefill at least max_model_len",
         low=1,
     )
     enable_chunked_prefill: bool = option(
