@@ -709,7 +709,7 @@ def test_the_openapi_document_names_every_field_and_error(server: Server) -> Non
         assert set(responses) >= {"200", "400", "401", "404", "413", "429", "500", "503", "504"}
 
     limits = json.dumps(schemas["ChatRequest"]["properties"]["n"])
-    assert '"maximum": 256' in limits  # max_num_seqs
+    assert f'"maximum": {server.llm.engine.core.config.max_num_seqs}' in limits
     assert '"maximum": 260' in json.dumps(schemas["CompletionRequest"]["properties"]["prompt"])
 
     def refs(node: Any) -> Iterator[str]:
