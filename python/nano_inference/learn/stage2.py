@@ -114,7 +114,7 @@ def continuous_batching(lab: Lab) -> Report:
     )
     runs: dict[str, Run] = {}
     for mode, how in lab.progress(list(modes.items()), "modes"):
-        with lab.bundled(max_num_seqs=seats, enable_prefix_caching=False, **how) as bench:
+        with lab.engine(lab.model, max_num_seqs=seats, **how) as bench:
             requests = [Request(bench.prompt(12, i), n) for i, n in enumerate(lengths)]
             runs[mode] = bench.run(requests)
     tokens = sum(map(len, runs["static"].tokens))
