@@ -213,7 +213,8 @@ def chunked_prefill(lab: Lab) -> Report:
         "gets a token. Cut up, no step has more rows than the budget allows, and the running "
         f"answers get a token in each: with {budgets[-1]} rows the prompt takes "
         f"{expected[last][0]} steps, {1e3 * piece:.0f} ms at best for the dearest. Its own first "
-        "token comes later for that."
+        f"token has {expected[last][0] * running} rows of the others to wait for, "
+        f"{expected[last][0] * running / long:.0%} more work."
     )
     seen: dict[str, Stall] = {}
     for mode, how in lab.progress(list(modes.items()), "modes"):
