@@ -21,6 +21,15 @@ BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 UNSTREAMABLE = {"BPEDecoder", "CTC"}
 
 
+# Tokens for filling in the middle: before the prefix, before the suffix, before the middle.
+FILL_IN_TOKENS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek Coder
+)
+
+
 class Tokenizer:
     """A model folder's tokenizer."""
 
@@ -167,6 +176,33 @@ class Tokenizer:
             known = ", ".join(self._chat_templates)
             raise ValueError(f"the model has several chat templates ({known}) and no default one")
         return self._chat_templates[name]
+
+    @property
+    def can_fill_in(self) -> bool:
+        return self._fill_in_ids() is not None
+
+    def encode_to_fill_in(
+        self, prefix: str | Sequence[int], suffix: str, add_special_tokens: bool = True
+    ) -> list[int]:
+        """The prompt after which a model writes what belongs between prefix and suffix (Bavarian et
+        al. 2022, prefix-suffix-middle). ValueError if the model has no tokens for it."""
+        ids = self._fill_in_ids()
+        if ids is None:
+            known = ", ".join(names[0] for names in FILL_IN_TOKENS)
+            raise ValueError(f"the model has no tokens to fill in the middle (none of {known})")
+        if isinstance(prefix, str):
+            begin = self.encode("", add_special_tokens)
+            prefix = self.encode(prefix, add_special_tokens=False)
+        else:
+            begin = []
+        return [*begin, ids[0], *prefix, ids[1], *self.encode(suffix, False), ids[2]]
+
+    def _fill_in_ids(self) -> list[int] | None:
+        for names in FILL_IN_TOKENS:
+            ids = [self._backend.token_to_id(name) for name in names]
+            if None not in ids:
+                return ids
+        return None
 
     def _special_id(self, key: str) -> int | None:
         text = self.special_tokens.get(key)

@@ -26,8 +26,8 @@ from nano_inference.server.state import READY, ServerState
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{% if m.name %}{{ m.name }}: "
     "{% endif %}{{ m['content'] }}{% endfor %}{% if reasoning_effort %}({{ reasoning_effort }})"
-    "{% endif %}{% if add_generation_prompt %}<|assistant|>{% if enable_thinking %}<think>\n"
-    "{% endif %}{% endif %}"
+    "{% endif %}{% if verbosity %}[{{ verbosity }}]{% endif %}{% if add_generation_prompt %}"
+    "<|assistant|>{% if enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from nano_inference import __version__
 from nano_inference.random_model import write_random_model
@@ -30,9 +31,15 @@ EOS = 257
 USER = [{"role": "user", "content": "an example"}]
 
 
+FILL_IN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    model = write_random_model(tmp_path_factory.mktemp("served") / "tiny")
+    model = write_random_model(tmp_path_factory.mktemp("served") / "tiny", vocab_size=264)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_special_tokens(list(FILL_IN))  # 261, 262, 263
+    tokenizer.save(str(model / "tokenizer.json"))
     config = json.loads((model / "tokenizer_config.json").read_text())
     config["chat_template"] = TEMPLATE
     (model / "tokenizer_config.json").write_text(json.dumps(config))
@@ -84,7 +91,7 @@ NO_INT = ["1", 1.5, True, 10**30]
 NO_NUMBER = ["1", True, [1], 10**400]
 NO_BOOL = ["true", 1, 0]
 NO_STRINGS = [5, [5], [""], {"a": 1}, ["q"] * 257, ["q" * 1001]]
-NO_IDS = [5, "x", ["a"], [-1], [1.5], [True], [261], [2**31]]
+NO_IDS = [5, "x", ["a"], [-1], [1.5], [True], [264], [2**31]]
 
 SAMPLED = {"temperature": 1.0, "seed": 1}
 ONLY_A = {"allowed_token_ids": [97]}
@@ -122,7 +129,7 @@ COMMON: dict[str, Row] = {
     "seed": Row(2, differs, NO_INT, SAMPLED),
     "logit_bias": Row(
         {"120": 100}, turns_into(None, "x" * 12),
-        [5, [1], {"a": 1}, {"-1": 1}, {"261": 1}, {"1": 101}, {"1": "x"}, {"9" * 30: 1}],
+        [5, [1], {"a": 1}, {"-1": 1}, {"264": 1}, {"1": 101}, {"1": "x"}, {"9" * 30: 1}],
     ),
     "allowed_token_ids": Row([120], turns_into(None, "x" * 12), [[], *NO_IDS]),
     "bad_words": Row(["aa"], turns_into("a" * 12, "ab" * 6), ["aa", *NO_STRINGS], A_AND_B),
@@ -192,11 +199,13 @@ def scores_the_prompt(scores: list[Any]) -> bool:
 COMPLETION: dict[str, Row] = {
     **COMMON,
     "prompt": Row([97, 98], lambda a, b: usage(b)["prompt_tokens"] == 2 and differs(a, b),
-                  [5, True, [], [True], [["a"]], ["a", 1], [261], [-1], [[1], 2], {"a": 1}]),
+                  [5, True, [], [True], [["a"]], ["a", 1], [264], [-1], [[1], 2], {"a": 1}]),
     "max_tokens": Row(3, lambda a, b: usage(a)["completion_tokens"] == 12
                       and usage(b)["completion_tokens"] == 3, [0, -1, 2048, *NO_INT]),
     "logprobs": Row(3, reads_logprobs, [-2, 21, *NO_INT]),
     "best_of": Row(3, lambda a, b: usage(b)["completion_tokens"] == 36, [0, 257, *NO_INT]),
+    "suffix": Row("end", lambda a, b: usage(b)["prompt_tokens"] - usage(a)["prompt_tokens"] == 6,
+                  [5, ["a"]]),
     "echo": Row(True, lambda a, b: texts(b) == ["an example" + texts(a)[0]], NO_BOOL),
     "prompt_logprobs": Row(
         1,
@@ -264,6 +273,10 @@ CHAT: dict[str, Row] = {
     "reasoning_effort": Row(
         "low", lambda a, b: usage(b)["prompt_tokens"] - usage(a)["prompt_tokens"] == len("(low)"),
         ["little", 5],
+    ),
+    "verbosity": Row(
+        "low", lambda a, b: usage(b)["prompt_tokens"] - usage(a)["prompt_tokens"] == len("[low]"),
+        ["much", 5],
     ),
     "prompt_logprobs": Row(
         0, lambda a, b: "prompt_logprobs" not in a.json
@@ -555,6 +568,22 @@ def test_cached_tokens_and_salts(server: Server) -> None:
     assert cached(cache_salt="two") == 0
 
 
+def test_the_middle_is_filled_in(server: Server, model_dir: Path) -> None:
+    """As if the prompt had been written with the model's own tokens for it."""
+    pre, suf, mid = FILL_IN
+    for prompt in ("be", [98, 101], None):
+        reply = server.complete(prompt=prompt, suffix="end", temperature=0, max_tokens=8)
+        begin = "" if isinstance(prompt, list) else "<s>"
+        text = f"{begin}{pre}{'' if prompt is None else 'be'}{suf}end{mid}"
+        same = {"prompt": text, "add_special_tokens": False, "temperature": 0, "max_tokens": 8}
+        assert texts(reply) == texts(server.complete(**same))
+    assert server.complete(prompt="x", suffix="e", echo=True).error["param"] == "suffix"
+    with serve(model_dir) as plain:
+        reply = plain.complete(prompt="x", suffix="end")
+        assert reply.status == 400 and reply.error["param"] == "suffix"
+        assert plain.complete(prompt="x", suffix="", max_tokens=1).status == 200
+
+
 def test_priority_needs_its_policy(server: Server, model_dir: Path) -> None:
     assert server.complete(prompt="x", priority=-5).status == 200
     with serve(model_dir) as plain:
@@ -601,8 +630,10 @@ def test_what_the_template_does_not_read_is_refused(model_dir: Path) -> None:
         named = [{"role": "user", "content": "x", "name": "Ada"}]
         reply = plain.chat(messages=named)
         assert reply.status == 400 and reply.error["param"] == "messages[0].name"
-        reply = plain.chat(reasoning_effort="low")
-        assert reply.status == 400 and reply.error["param"] == "reasoning_effort"
+        for field in ("reasoning_effort", "verbosity"):
+            reply = plain.chat(**{field: "low"})
+            assert reply.status == 400 and reply.error["param"] == field
+        assert plain.chat(verbosity="medium", max_tokens=1).status == 200
         assert "reasoning_content" not in plain.chat(max_tokens=1).json["choices"][0]["message"]
 
 
@@ -649,7 +680,7 @@ def test_tokenize(server: Server) -> None:
         ("/tokenize", {"prompt": "x", "add_generation_prompt": True}, "add_generation_prompt"),
         ("/tokenize", {"prompt": "x", "y": 1}, "y"),
         ("/detokenize", {}, "tokens"),
-        ("/detokenize", {"tokens": [261]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [264]}, "tokens[0]"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
     ]:
@@ -710,7 +741,7 @@ def test_the_openapi_document_names_every_field_and_error(server: Server) -> Non
 
     limits = json.dumps(schemas["ChatRequest"]["properties"]["n"])
     assert f'"maximum": {server.llm.engine.core.config.max_num_seqs}' in limits
-    assert '"maximum": 260' in json.dumps(schemas["CompletionRequest"]["properties"]["prompt"])
+    assert '"maximum": 263' in json.dumps(schemas["CompletionRequest"]["properties"]["prompt"])
 
     def refs(node: Any) -> Iterator[str]:
         if isinstance(node, dict):

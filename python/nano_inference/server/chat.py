@@ -142,6 +142,14 @@ def _variables(template: str, request: ChatRequest | TokenizeRequest) -> dict[st
                 "read it",
                 "reasoning_effort",
             )
+    verbosity = request.verbosity if isinstance(request, ChatRequest) else None
+    if verbosity is not None and "verbosity" in known:
+        variables["verbosity"] = verbosity
+    elif verbosity not in (None, "medium"):
+        raise refused(
+            f"verbosity {verbosity!r} is not supported: the model's chat template does not read it",
+            "verbosity",
+        )
     return variables
 
 

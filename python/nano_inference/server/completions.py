@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from ..outputs import CompletionOutput, RequestOutput
-from .answer import Answer, check_stream_options, encode, loaded_llm, prepare, sampling_params
+from .answer import (
+    Answer,
+    check_stream_options,
+    encode,
+    loaded_llm,
+    off_loop,
+    prepare,
+    sampling_params,
+)
 from .errors import ApiError, refused
 from .logprobs import LegacyLogprobs, Scores, prompt_logprobs
 from .protocol import (
@@ -36,6 +44,8 @@ async def read_completion(state: ServerState, body: bytes) -> CompletionAnswer:
     _check(request)
     answer = CompletionAnswer(state, llm, request)
     prompts = _prompts(llm, request)
+    if request.suffix:
+        prompts = await off_loop(len(body), lambda: _to_fill_in(llm, request, prompts))
     choices = max(answer.n, request.best_of or 0)
     _check_count(llm, len(prompts), choices)
     names = _NAMES if choices == answer.n else {**_NAMES, "n": "best_of"}
@@ -68,6 +78,8 @@ def _check(request: CompletionRequest) -> None:
         raise refused(f"best_of must be at least n ({n}), got {request.best_of}", "best_of")
     if request.stream and (request.best_of or n) > n:
         raise refused("best_of is known at the end only: it needs stream to be off", "best_of")
+    if request.suffix and request.echo:
+        raise refused("echo is not possible with suffix: the text begins in the middle", "suffix")
     if request.max_tokens == 0 and not request.echo:
         raise refused("max_tokens must be at least 1 (0 needs echo)", "max_tokens")
 
@@ -102,6 +114,8 @@ def _larger(a: int, b: int) -> int:
 
 def _prompts(llm: AsyncLLM, request: CompletionRequest) -> list[str | list[int]]:
     prompt = request.prompt
+    if prompt is None and request.suffix:
+        return [""]
     if prompt is None:  # "as if from the beginning of a new document"
         tokenizer = llm.engine.tokenizer
         begin = None if tokenizer is None else tokenizer.bos_token_id
@@ -119,6 +133,17 @@ def _prompts(llm: AsyncLLM, request: CompletionRequest) -> list[str | list[int]]
     raise refused(
         "prompt must be a text, token ids, or a list of such prompts: not mixed", "prompt"
     )
+
+
+def _to_fill_in(
+    llm: AsyncLLM, request: CompletionRequest, prompts: list[str | list[int]]
+) -> list[str | list[int]]:
+    tokenizer, suffix = llm.get_tokenizer(), request.suffix or ""
+    special = request.add_special_tokens is not False
+    try:
+        return [tokenizer.encode_to_fill_in(prompt, suffix, special) for prompt in prompts]
+    except ValueError as error:
+        raise refused(f"suffix is not supported: {error}", "suffix") from None
 
 
 class CompletionAnswer(Answer):

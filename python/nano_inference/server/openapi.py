@@ -153,8 +153,11 @@ def _unmix(prompt: dict[str, Any], max_waiting: int) -> None:
 
 
 def _add_template(schemas: dict[str, Any], llm: AsyncLLM) -> None:
-    """What the model's chat template reads; other things would have no effect."""
+    """What the model's tokenizer and chat template can make use of; other things would have no
+    effect."""
     tokenizer = llm.engine.tokenizer
+    if tokenizer is None or not tokenizer.can_fill_in:
+        schemas["CompletionRequest"]["properties"]["suffix"] = {"enum": ["", None], "default": None}
     if tokenizer is None:
         return
     try:
@@ -173,6 +176,8 @@ def _add_template(schemas: dict[str, Any], llm: AsyncLLM) -> None:
     if "reasoning_effort" not in known:
         off = {"enum": ["none", None], "default": None}
         efforts["reasoning_effort"] = off if "enable_thinking" in known else nothing
+    if "verbosity" not in known:
+        efforts["verbosity"] = {"enum": ["medium", None], "default": None}
     if not named:
         schemas["ChatMessage"]["properties"]["name"] = nothing
 
@@ -182,6 +187,7 @@ def _add_template(schemas: dict[str, Any], llm: AsyncLLM) -> None:
 
 _OFF = {"enum": [False, None]}
 _NULL = {"type": "null"}
+_NO_TEXT = {"enum": ["", None]}
 
 
 def _either(*cases: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +196,7 @@ def _either(*cases: dict[str, Any]) -> dict[str, Any]:
         "anyOf": [
             {
                 "properties": case,
-                "required": [k for k, v in case.items() if v not in (_OFF, _NULL, _SOME)],
+                "required": [k for k, v in case.items() if v not in (_OFF, _NULL, _SOME, _NO_TEXT)],
             }
             for case in cases
         ]
@@ -204,7 +210,11 @@ _STREAM = _either(
 )
 _CONTINUES = {"continue_final_message": _ON, "add_generation_prompt": _OFF}
 _RULES: dict[type, list[dict[str, Any]]] = {
-    CompletionRequest: [_STREAM, _either({"max_tokens": _SOME}, {"echo": _ON})],
+    CompletionRequest: [
+        _STREAM,
+        _either({"max_tokens": _SOME}, {"echo": _ON}),
+        _either({"suffix": _NO_TEXT}, {"echo": _OFF}),
+    ],
     ChatRequest: [
         _STREAM,
         _either({"top_logprobs": _NULL}, {"logprobs": _ON}),

@@ -57,14 +57,12 @@ CHAT_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((None,), "output is text"),
     "prediction": ((None,), "there are no predicted outputs"),
     "web_search_options": ((None,), "there is no web search"),
-    "verbosity": ((None, "medium"), "models have no such setting; say it in the prompt"),
     "chat_template": ((None,), "templates are programs, and those of requests are not run"),
     "documents": ((None,), "put them into the messages"),
     "best_of": ((None,), "all n choices are returned"),
 }
 COMPLETION_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     **_COMMON_FIXED,
-    "suffix": ((None, ""), "nothing is inserted before a suffix"),
 }
 
 
@@ -126,6 +124,8 @@ class CompletionRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=T
     max_tokens: Natural | None = None
     """0 needs echo: the prompt alone, with its logprobs."""
     logprobs: Annotated[int, Meta(ge=-1, le=_INT32)] | None = None
+    suffix: str | None = None
+    """What comes behind the text that is to be filled in; needs a model that has tokens for it."""
     best_of: Count | None = None
     """Generate so many choices and return the n with the highest log-probability per token."""
 
@@ -166,6 +166,8 @@ class ChatRequest(GenerationRequest, kw_only=True, forbid_unknown_fields=True):
         None
     )
     """Needs a chat template that reads it; "none" also turns enable_thinking off."""
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Other than medium needs a chat template that reads it."""
 
 
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
