@@ -37,6 +37,7 @@ class Answered:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
+    unread: list[bytes] = field(default_factory=list)
 
     @property
     def error(self) -> dict[str, Any]:
@@ -54,7 +55,7 @@ async def call(
 ) -> Answered:
     """One request, as an ASGI server would hand it on."""
     waiting = list(chunks)
-    answered = Answered()
+    answered = Answered(unread=waiting)
 
     async def receive() -> dict[str, Any]:
         if not waiting:
@@ -325,12 +326,25 @@ def test_an_endless_body_is_read_for_a_while_only() -> None:
         async def send(message: dict[str, Any]) -> None:
             answered.status = message.get("status", answered.status)
 
-        scope = {"type": "http", "method": "POST", "path": "/echo", "headers": [], "state": {}}
+        chunked = [(b"transfer-encoding", b"chunked")]
+        scope = {"type": "http", "method": "POST", "path": "/echo", "headers": chunked, "state": {}}
         await app_with(max_request_bytes=1000)({**scope, "root_path": ""}, receive, send)
         return answered
 
     assert asyncio.run(go()).status == 413
     assert 10 < read < 60
+
+
+@pytest.mark.parametrize("expects", [False, True])
+@pytest.mark.parametrize(("path", "keys", "status"), [("/none", [], 404), ("/echo", ["k"], 401)])
+def test_an_early_answer_waits_for_the_body(
+    path: str, keys: list[str], status: int, expects: bool
+) -> None:
+    """Or the client would see a reset; but not if the client waits for us."""
+    headers = {"Content-Length": "5", **({"Expect": "100-continue"} if expects else {})}
+    answered = request(app_with(api_key=keys), path=path, headers=headers, chunks=[b"x"] * 5)
+    assert answered.status == status
+    assert len(answered.unread) == (5 if expects else 0)
 
 
 # -- Failures -------------------------------------------------------------------------------------

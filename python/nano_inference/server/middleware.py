@@ -48,6 +48,7 @@ def build_middleware(args: ServeArgs, metrics: Metrics) -> list[Middleware]:
             log_bodies=args.log_prompts,
         )
     ]
+    stack.append(Middleware(ReadToTheEnd, max_bytes=4 * args.max_request_bytes))
     if args.allowed_origins:
         stack.append(
             Middleware(
@@ -198,6 +199,41 @@ def _route_path(scope: Scope) -> str:
     return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
+class ReadToTheEnd:
+    """An answer that is known before the body has arrived waits for the rest of it, which is thrown
+    away: who closes a connection with bytes that nobody has read makes the client see a reset and
+    not the answer. For a while, and so many bytes, only."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app, self._max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not (_header(scope, b"content-length") or _header(scope, b"transfer-encoding")):
+            await self._app(scope, receive, send)
+            return
+        # A client that expects a "100 Continue" sends nothing before somebody reads.
+        sending, over = not _header(scope, b"expect"), False
+
+        async def receive_seen() -> Message:
+            nonlocal sending, over
+            message = await receive()
+            sending, over = True, not message.get("more_body")
+            return message
+
+        async def discard() -> None:
+            left = self._max_bytes
+            while left > 0 and not over:
+                left -= len((await receive_seen()).get("body", b""))
+
+        async def send_after(message: Message) -> None:
+            if message["type"] == "http.response.start" and sending and not over:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(discard(), _LINGER_SECONDS)
+            await send(message)
+
+        await self._app(scope, receive_seen, send_after)
+
+
 class SizeLimit:
     """413 for bodies of more than max_bytes, announced or not."""
 
@@ -235,22 +271,10 @@ class SizeLimit:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Closing while the client still sends would make it see a reset, not the answer: so a
-        # little more is read, and thrown away.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._discard(receive), _LINGER_SECONDS)
         text = f"the request is larger than {self._max_bytes} bytes (--max-request-bytes)"
         headers = {"Connection": "close"}
         refusal = ApiError(413, text, code="request_too_large", headers=headers)
         await refusal.response()(scope, receive, send)
-
-    async def _discard(self, receive: Receive) -> None:
-        left = 4 * self._max_bytes
-        while left > 0:
-            message = await receive()
-            if message["type"] != "http.request" or not message.get("more_body"):
-                return
-            left -= len(message.get("body", b""))
 
 
 class _TooLarge(Exception):
