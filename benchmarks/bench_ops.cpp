@@ -198,7 +198,9 @@ void bench_sample(CpuBackend& backend) {
 }
 
 void bench(const std::string& isa) {
-  CpuBackend backend({0, isa});
+  BackendOptions options;
+  options.isa = isa;
+  CpuBackend backend(options);
   std::printf("%s\n", backend.info().name.c_str());
   ThreadPool pool(0);
   const KernelTable& kernels = select_kernels(isa);

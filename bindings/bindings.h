@@ -20,6 +20,7 @@ void bind_model(py::module_& m);
 void bind_scheduler(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_ops(py::module_& m);
+void bind_torch_ops(py::module_& m);
 
 DType parse_dtype(const std::string& name);
 

@@ -57,13 +57,22 @@ std::vector<int32_t> token_ids(const py::object& ids) {
   return out;
 }
 
+constexpr std::array<std::pair<const char*, DType>, 4> kCacheTypes{
+    {kFloatTypes[0], kFloatTypes[1], kFloatTypes[2], {"fp8_e4m3", DType::fp8_e4m3}}};
+
 void bind_engine_config(py::module_& m) {
   py::class_<EngineConfig> c(m, "EngineConfig");
   c.def_readwrite("device", &EngineConfig::device)
+      .def_readwrite("device_index", &EngineConfig::device_index)
       .def_readwrite("isa", &EngineConfig::isa)
       .def_readwrite("num_threads", &EngineConfig::num_threads)
+      .def_readwrite("batch_invariant", &EngineConfig::batch_invariant)
+      .def_readwrite("plan_cache", &EngineConfig::plan_cache)
+      .def_readwrite("graph_sizes", &EngineConfig::graph_sizes)
+      .def_readwrite("overlap", &EngineConfig::overlap)
       .def_readwrite("block_size", &EngineConfig::block_size)
       .def_readwrite("num_blocks", &EngineConfig::num_blocks)
+      .def_readwrite("memory_fraction", &EngineConfig::memory_fraction)
       .def_readwrite("paged", &EngineConfig::paged)
       .def_readwrite("enable_prefix_caching", &EngineConfig::enable_prefix_caching)
       .def_readwrite("enable_chunked_prefill", &EngineConfig::enable_chunked_prefill)
@@ -77,7 +86,7 @@ void bind_engine_config(py::module_& m) {
       .def_readwrite("trace_capacity", &EngineConfig::trace_capacity)
       .def_readwrite("check_invariants", &EngineConfig::check_invariants);
   def_enum(c, "dtype", &EngineConfig::dtype, kFloatTypes);
-  def_enum(c, "kv_cache_dtype", &EngineConfig::kv_cache_dtype, kFloatTypes);
+  def_enum(c, "kv_cache_dtype", &EngineConfig::kv_cache_dtype, kCacheTypes);
   def_enum(c, "policy", &EngineConfig::policy,
            std::array<std::pair<const char*, SchedulingPolicy>, 2>{
                {{"fcfs", SchedulingPolicy::fcfs}, {"priority", SchedulingPolicy::priority}}});
@@ -168,6 +177,7 @@ py::dict record_dict(const StepRecord& r) {
     entry["context_len"] = e.context_len;
     entry["num_samples"] = e.num_samples;
     entry["is_decode"] = e.is_decode;
+    entry["in_vain"] = e.in_vain;
     entry["first_block"] = e.first_block;
     const auto blocks = r.blocks_of(e);
     entry["blocks"] = std::vector<int32_t>(blocks.begin(), blocks.end());
@@ -187,9 +197,8 @@ py::dict record_dict(const StepRecord& r) {
 }
 
 py::dict plan_memory(const EngineConfig& config, const ModelConfig& model) {
-  BackendOptions options;
+  BackendOptions options = Engine::backend_options(config);
   options.num_threads = 1;
-  options.isa = config.isa;
   const std::unique_ptr<Backend> backend = make_backend(config.device, options);
   const MemoryPlan plan = ModelRunner::plan_memory(*backend, model, Engine::runner_config(config));
   py::dict d;
@@ -292,6 +301,7 @@ void bind_engine(py::module_& m) {
           },
           py::arg("token_ids"))
       .def_property_readonly("config", &Engine::config)
+      .def_property_readonly("num_blocks", &Engine::num_blocks)
       .def_property_readonly("device_name",
                              [](Engine& self) { return self.runner().backend().info().name; });
 }

@@ -25,7 +25,10 @@ PYBIND11_MODULE(_core, m) {
   ni::python::bind_scheduler(m);
   ni::python::bind_engine(m);
   ni::python::bind_ops(m);
+  ni::python::bind_torch_ops(m);
   m.def("cpu_isas", &ni::cpu_isas);
+  m.def("cuda_devices", &ni::cuda_device_names);
+  m.def("cuda_error", &ni::cuda_error);
   m.def("num_threads_available", &ni::available_cores);
   m.def(
       "measure_machine",

@@ -1,13 +1,15 @@
 // Every operator of a backend on numpy arrays: for kernel tests, study and benchmarks.
 //
 // Activations are float32 [rows, features] with contiguous rows (any row stride); outputs are
-// written into arrays that the caller gives. bf16 data come and go as their bits in uint16.
+// written into arrays that the caller gives. bf16 data come and go as their bits in uint16. On CUDA
+// a StagedBackend copies and converts them.
 #include <algorithm>
 #include <limits>
 #include <map>
 #include <optional>
 
 #include "backend/registry.h"
+#include "backend/staged_backend.h"
 #include "bindings.h"
 #include "model/rope.h"
 
@@ -73,19 +75,25 @@ void check_kind(const py::array& a, DType dtype, const char* name) {
             " holds no ", dtype_name(dtype), " (bfloat16 comes as its bits in uint16)");
 }
 
-// A weight matrix in the backend's layout.
+// A weight matrix in the backend's layout; the bias stays with the caller's arrays, in host memory.
 struct Weight {
   LinearWeight w;
-  Buffer data, bias;
+  Buffer data;
+  std::vector<float> bias;
 };
 
 // One layer of a paged cache.
 struct Cache {
   KvView view;
   Buffer data;
+  Backend* backend = nullptr;
 
   // [2, num_kv_heads, num_slots, head_dim] float32, K then V, whatever the layout in memory.
   py::array_t<float> read() const {
+    std::vector<char> bytes(data.bytes());
+    backend->synchronize();
+    backend->download(data.data(), bytes.data(), bytes.size());
+    const char *k = bytes.data(), *v = bytes.data() + bytes.size() / 2;
     const int64_t slots = static_cast<int64_t>(view.num_blocks) * view.block_size;
     py::array_t<float> out({int64_t{2}, static_cast<int64_t>(view.num_kv_heads), slots,
                             static_cast<int64_t>(view.head_dim)});
@@ -95,17 +103,24 @@ struct Cache {
         const int64_t block = s / view.block_size;
         const auto slot = static_cast<int32_t>(s % view.block_size);
         for (int32_t d = 0; d < view.head_dim; ++d) {
-          o(0, h, s, d) = element(view.k, view.k_offset(block, h, slot, d));
-          o(1, h, s, d) = element(view.v, view.v_offset(block, h, slot, d));
+          o(0, h, s, d) = element(k, view.k_offset(block, h, slot, d)) * view.k_scale;
+          o(1, h, s, d) = element(v, view.v_offset(block, h, slot, d)) * view.v_scale;
         }
       }
     }
     return out;
   }
-  float element(const void* base, int64_t i) const {
-    if (view.dtype == DType::bf16) return to_float(static_cast<const bf16*>(base)[i]);
-    if (view.dtype == DType::f16) return to_float(static_cast<const f16*>(base)[i]);
-    return static_cast<const float*>(base)[i];
+  float element(const char* base, int64_t i) const {
+    switch (view.dtype) {
+      case DType::bf16:
+        return to_float(reinterpret_cast<const bf16*>(base)[i]);
+      case DType::f16:
+        return to_float(reinterpret_cast<const f16*>(base)[i]);
+      case DType::fp8_e4m3:
+        return to_float(reinterpret_cast<const fp8*>(base)[i]);
+      default:
+        return reinterpret_cast<const float*>(base)[i];
+    }
   }
 };
 
@@ -116,13 +131,23 @@ const std::map<std::string, Activation> kActivations{{"silu", Activation::silu},
 
 class Ops {
  public:
-  Ops(const std::string& device, const std::string& isa, int num_threads) {
+  // "staged_cpu": the CPU behind the copies that a card needs, for tests.
+  Ops(const std::string& device, const std::string& isa, int num_threads,
+      const std::string& activation_dtype) {
     BackendOptions options;
     options.isa = isa;
     options.num_threads = num_threads;
-    backend_ = make_backend(device, options);
+    if (!activation_dtype.empty()) options.activation_dtype = parse_dtype(activation_dtype);
+    check_arg(device != "cuda" || isa.empty(), "isa is for CPUs, got '", isa, "' with cuda");
+    backend_ = make_backend(device == "staged_cpu" ? "cpu" : device, options);
+    activation_dtype_ = backend_->info().activation_dtype;
+    check_arg(activation_dtype.empty() || activation_dtype == dtype_name(activation_dtype_),
+              "activation_dtype: this device computes in ", dtype_name(activation_dtype_), ", not ",
+              activation_dtype);
+    if (device != "cpu") backend_ = std::make_unique<StagedBackend>(std::move(backend_));
   }
 
+  std::string activation_dtype() const { return dtype_name(activation_dtype_); }
   std::string name() const { return backend_->info().name; }
 
   std::unique_ptr<Weight> weight(const py::array& rows, const std::string& source_dtype,
@@ -132,27 +157,35 @@ class Ops {
     check_arg(src.rows() > 0 && src.cols() > 0, "weight must not be empty");
     auto out = std::make_unique<Weight>();
     out->w.spec = {src.rows(), src.cols(), parse_dtype(dtype), bias.has_value()};
+    check_arg(activation_dtype_ == DType::f32 || out->w.spec.dtype == activation_dtype_,
+              "weights of type ", dtype, " are not supported here; ", activation_dtype(),
+              ", the type of activations, is");
     out->data = backend_->alloc(backend_->weight_bytes(out->w.spec));
     out->w.data = out->data.data();
     if (bias) {
-      const size_t bytes = static_cast<size_t>(src.rows()) * sizeof(float);
       const float* values = floats(bias, "bias", src.rows());
-      out->bias = backend_->alloc(bytes);
-      backend_->upload(values, out->bias.data(), bytes);
-      out->w.bias = reinterpret_cast<float*>(out->bias.data());
+      out->bias.assign(values, values + src.rows());
+      out->w.bias = out->bias.data();
     }
     backend_->load_rows(out->w, 0, src);
     return out;
   }
 
   std::unique_ptr<Cache> cache(int num_blocks, int block_size, int num_kv_heads, int head_dim,
-                               const std::string& dtype) {
+                               const std::string& dtype, float k_scale, float v_scale) {
     check_arg(num_blocks > 0 && num_kv_heads > 0 && head_dim > 0,
               "num_blocks, num_kv_heads and head_dim must be positive");
     check_arg(block_size > 0 && (block_size % 16 == 0 || 16 % block_size == 0),
               "block_size must be 1, 2, 4, 8 or a multiple of 16, got ", block_size);
     auto out = std::make_unique<Cache>();
-    out->view.dtype = parse_dtype(dtype);
+    out->backend = backend_.get();
+    out->view.dtype = dtype == "fp8_e4m3" ? DType::fp8_e4m3 : parse_dtype(dtype);
+    out->view.k_tile = backend_->info().k_tile;
+    check_arg(k_scale > 0 && v_scale > 0, "k_scale and v_scale must be positive");
+    check_arg(out->view.dtype == DType::fp8_e4m3 || (k_scale == 1 && v_scale == 1),
+              "k_scale and v_scale are for caches of fp8_e4m3, not of ", dtype);
+    out->view.k_scale = k_scale;
+    out->view.v_scale = v_scale;
     out->view.num_blocks = num_blocks;
     out->view.block_size = block_size;
     out->view.num_kv_heads = num_kv_heads;
@@ -160,6 +193,7 @@ class Ops {
     const double slots = static_cast<double>(num_blocks) * block_size;
     check_arg(slots < 0x1p31 && slots * num_kv_heads * head_dim < 0x1p40, "a cache of ", slots,
               " slots is too large");
+    backend_->check_model(activation_dtype_, num_kv_heads, out->view);
     const auto bytes =
         static_cast<size_t>(out->view.block_bytes()) * static_cast<size_t>(num_blocks);
     out->data = backend_->alloc(bytes);
@@ -272,7 +306,7 @@ class Ops {
   // q: [T, heads * head_dim]; sequence s has the rows [cu_seqlens_q[s], cu_seqlens_q[s + 1]).
   void attention(const Floats& q, const Ints& cu_seqlens_q, const Ints& context_lens,
                  const Ints& block_tables, const Cache& cache, const Floats& out, float scale,
-                 int window) {
+                 int window, float softcap) {
     const Tensor t = input(q, "q");
     const KvView& kv = cache.view;
     const py::ssize_t seqs = context_lens.size();
@@ -308,6 +342,8 @@ class Ops {
     args.num_heads = static_cast<int32_t>(t.cols() / kv.head_dim);
     args.scale = scale;
     args.window = window;
+    args.softcap = softcap;
+    check_arg(softcap >= 0, "softcap must not be negative, got ", softcap);
     check_arg(window >= 0, "window must not be negative, got ", window);
     check_arg(args.num_heads % kv.num_kv_heads == 0, "heads must be a multiple of num_kv_heads");
     const Tensor o = output(out, "out", t.rows(), t.cols());
@@ -486,6 +522,7 @@ class Ops {
   };
 
   std::unique_ptr<Backend> backend_;
+  DType activation_dtype_ = DType::f32;  // in which the device computes
 };
 
 }  // namespace
@@ -497,14 +534,16 @@ void bind_ops(py::module_& m) {
   py::class_<Cache>(m, "Cache").def("read", &Cache::read);
   const py::object none = py::none();
   py::class_<Ops>(m, "Ops")
-      .def(py::init<const std::string&, const std::string&, int>(), py::arg("device") = "cpu",
-           py::arg("isa") = "", py::arg("num_threads") = 0)
+      .def(py::init<const std::string&, const std::string&, int, const std::string&>(),
+           py::arg("device") = "cpu", py::arg("isa") = "", py::arg("num_threads") = 0,
+           py::arg("activation_dtype") = "")
       .def_property_readonly("name", &Ops::name)
+      .def_property_readonly("activation_dtype", &Ops::activation_dtype)
       .def("weight", &Ops::weight, py::arg("rows"), py::arg("source_dtype") = "float32",
            py::arg("dtype") = "float32", py::arg("bias") = none, py::keep_alive<0, 1>())
       .def("cache", &Ops::cache, py::arg("num_blocks"), py::arg("block_size"),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("dtype") = "float32",
-           py::keep_alive<0, 1>())
+           py::arg("k_scale") = 1.0f, py::arg("v_scale") = 1.0f, py::keep_alive<0, 1>())
       .def("embed", &Ops::embed, py::arg("token_ids"), py::arg("positions"), py::arg("w"),
            py::arg("out").noconvert(), py::arg("position_table") = nullptr, py::arg("scale") = 1.0f)
       .def("norm", &Ops::norm, py::arg("x"), py::arg("weight"), py::arg("out").noconvert(),
@@ -520,7 +559,8 @@ void bind_ops(py::module_& m) {
            py::arg("q_norm") = none, py::arg("k_norm") = none, py::arg("eps") = 1e-6f)
       .def("attention", &Ops::attention, py::arg("q"), py::arg("cu_seqlens_q"),
            py::arg("context_lens"), py::arg("block_tables"), py::arg("cache"),
-           py::arg("out").noconvert(), py::arg("scale"), py::arg("window") = 0)
+           py::arg("out").noconvert(), py::arg("scale"), py::arg("window") = 0,
+           py::arg("softcap") = 0.0f)
       .def("activation", &Ops::activation, py::arg("x"), py::arg("act"), py::arg("gated"),
            py::arg("out").noconvert())
       .def("gather_rows", &Ops::gather_rows, py::arg("x"), py::arg("rows"),

@@ -14,6 +14,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "backend/op_args.h"
 #include "core/step_inputs.h"
@@ -22,15 +23,30 @@
 namespace ni {
 
 struct BackendInfo {
-  std::string device;  // "cpu"
-  std::string name;    // "avx512_bf16, 2 threads"
+  std::string device;  // "cpu", "cuda"
+  std::string name;    // "avx512_bf16, 2 threads", "NVIDIA H200"
   DType activation_dtype = DType::f32;
-  size_t memory_total = 0;  // bytes
+  size_t memory_total = 0;         // bytes
+  int32_t k_tile = 16;             // layout of K in the cache: KvView::k_tile
+  AttnTiling tiling;               // work lists
+  bool has_graphs = false;         // run_step() captures and replays
+  bool is_batch_invariant = true;  // promise 1 holds
 };
 
 struct BackendOptions {
-  int num_threads = 0;  // CPU: 0 = one per available core
-  std::string isa;      // CPU: "" = best; portable, avx2, avx512, avx512_bf16, reference
+  int num_threads = 0;   // CPU: 0 = one per available core
+  std::string isa;       // CPU: "" = best; portable, avx2, avx512, avx512_bf16, reference
+  int device_index = 0;  // CUDA: which card
+  DType activation_dtype = DType::bf16;  // CUDA: bf16 or f16
+  bool batch_invariant = true;           // CUDA
+  bool enable_graphs = true;             // CUDA
+  std::string plan_cache;                // CUDA: file of timed GEMM plans; "": none
+};
+
+// Names a captured piece of a step: its rows, and which piece. No rows: run it as it is.
+struct GraphKey {
+  int32_t rows = 0;
+  int32_t part = 0;  // 0: forward, 1: logits and sampler
 };
 
 class Backend {
@@ -43,20 +59,35 @@ class Backend {
   virtual size_t memory_available() const = 0;
   // Zero-filled, 64-byte aligned. Throws std::runtime_error naming the size if there is not enough.
   virtual Buffer alloc(size_t bytes) = 0;
+  // Host memory that the device copies from and to at full speed and without waiting.
+  virtual Buffer alloc_host(size_t bytes) = 0;
+  // In the order of the calls and of the operators; from and to memory of alloc_host() they may
+  // return before the copy is done (mark() and wait() tell when), else they return after.
   virtual void upload(const void* host, void* device, size_t bytes) = 0;
   virtual void download(const void* device, void* host, size_t bytes) = 0;
   virtual void synchronize() = 0;
-  // Runs the step's operators. `key` > 0 names a padded decode batch whose launches may be captured
-  // once and replayed; 0: run as it is.
-  virtual void run_step(int key, const std::function<void()>& step) = 0;
+  // wait(mark()) returns when all that was asked for before mark() is done. At most 8 marks back.
+  virtual uint64_t mark() = 0;
+  virtual void wait(uint64_t mark) = 0;
+  // Runs the step's operators. A key with rows names launches that may be captured the first time
+  // and replayed from then on: with this key they always have the same addresses and sizes.
+  virtual void run_step(GraphKey key, const std::function<void()>& step) = 0;
+  // False: the device is lost, nothing will work any more.
+  virtual bool healthy() const = 0;
 
   // -- Weights --------------------------------------------------------------------------------
+  // Throws std::invalid_argument naming what of a model's types and sizes cannot be run, and what
+  // could. kv: the cache's view without memory.
+  virtual void check_model(DType weights, int32_t num_heads, const KvView& kv) const = 0;
   // Bytes that a weight takes in the backend's layout (without bias); a multiple of 64.
   virtual size_t weight_bytes(const WeightSpec& spec) const = 0;
   // Stores rows [first_row, first_row + src.rows()) from host memory, converting the element type.
   // src: [rows, in_features] f32, bf16 or f16, row stride free. w.data must be zero-filled at
-  // first.
+  // first. On CUDA from any number of threads at once.
   virtual void load_rows(const LinearWeight& w, int64_t first_row, Tensor src) = 0;
+  // After all are loaded and before the first step: time to choose a plan for each weight and
+  // number of rows up to max_rows. The last is lm_head, used for few rows and fp32 outputs.
+  virtual void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) = 0;
 
   // -- Operators ------------------------------------------------------------------------------
   // out[T, hidden] = w[token_ids] * scale (+ positions table)

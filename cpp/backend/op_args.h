@@ -42,6 +42,7 @@ enum class Activation : uint8_t { silu, gelu_tanh, gelu, relu };
 // A cache layer. Block b of head h holds block_size slots; K is kept in tiles of `tile` slots,
 // transposed, so that one vector load fetches the same dimension of `tile` neighbouring tokens:
 //   K[b][h][slot / tile][d][slot % tile]      V[b][h][slot][d]
+// With a tile of 1 (BackendInfo::k_tile) K is plain rows like V.
 // `k_offset` and `v_offset` are the only address computation there is.
 struct KvView {
   void* k = nullptr;
@@ -52,8 +53,10 @@ struct KvView {
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
   int64_t block_stride = 0;  // elements from a block to the next; 0: they follow one another
+  int32_t k_tile = 16;
+  float k_scale = 1.0f, v_scale = 1.0f;  // fp8 caches: what is stored times this is meant
 
-  NI_HD int32_t tile() const { return block_size < 16 ? block_size : 16; }
+  NI_HD int32_t tile() const { return block_size < k_tile ? block_size : k_tile; }
   NI_HD int64_t head_elements() const { return static_cast<int64_t>(block_size) * head_dim; }
   NI_HD int64_t block_elements() const { return head_elements() * num_kv_heads; }
   NI_HD int64_t head_offset(int64_t block, int32_t head) const {
@@ -96,7 +99,8 @@ struct RopeArgs {
 struct AttnArgs {
   int32_t num_heads = 0;
   float scale = 1.0f;
-  int32_t window = 0;  // > 0: a query at p sees positions p - window + 1 .. p
+  int32_t window = 0;    // > 0: a query at p sees positions p - window + 1 .. p
+  float softcap = 0.0f;  // > 0: a score s becomes softcap * tanh(s / softcap) (Gemma 2)
 };
 
 // Where a sampler writes; rows as in StepInputs::sampling.

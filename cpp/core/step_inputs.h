@@ -40,6 +40,23 @@ struct TokenBias {
   float bias;
 };
 
+// How a backend wants attention cut into the work lists of StepInputs. All 0: no lists.
+struct AttnTiling {
+  int32_t kv_chunk = 0;     // tokens of a chunk of the cache, at absolute multiples of it
+  int32_t q_tile = 0;       // query rows of a tile
+  int32_t decode_rows = 0;  // sequences with at most so many query rows are cut along the cache
+  // Most chunks that may be listed. Sequences for which no room is left are not cut: one item with
+  // the index -1.
+  int32_t max_items = 0;
+};
+
+// A piece of attention work, for backends that want lists of them (BackendInfo::tiling): chunk
+// `index` of the context of a sequence, or tile `index` of its query rows.
+struct AttnItem {
+  int32_t seq;
+  int32_t index;
+};
+
 // Copy-on-write: block `dst` becomes a copy of block `src`, in every layer, before the step's
 // writes.
 struct BlockCopy {
@@ -58,14 +75,23 @@ struct StepInputs {
   int32_t max_query_len = 0;  // longest query of a sequence in this step
   int32_t max_context_len = 0;
   int32_t block_table_stride = 0;
+  int32_t num_decode_items = 0;
+  int32_t num_prefill_items = 0;
 
-  const int32_t* token_ids = nullptr;     // [T]
+  // [T]; an id below 0 stands for sampled_ids[-1 - id]: a token of the step before, which the host
+  // has not seen yet.
+  const int32_t* token_ids = nullptr;
+  const int32_t* sampled_ids = nullptr;   // token ids that the step before sampled, or null
   const int32_t* positions = nullptr;     // [T]
   const int64_t* slot_mapping = nullptr;  // [T] block * block_size + offset in the block; -1: none
   const int32_t* cu_seqlens_q = nullptr;  // [S + 1] first query row of each sequence
   const int32_t* context_lens = nullptr;  // [S] tokens in the cache, those of this step included
   const int32_t* block_tables = nullptr;  // [S, block_table_stride]
   const BlockCopy* copies = nullptr;      // [num_copies]
+  // Every KV chunk of every sequence of at most tiling.decode_rows query rows; every tile of query
+  // rows of the others, those with the longest contexts first. Null where no tiling was asked for.
+  const AttnItem* decode_items = nullptr;   // [num_decode_items]
+  const AttnItem* prefill_items = nullptr;  // [num_prefill_items]
 
   const int32_t* logits_rows =
       nullptr;  // [L] query row; ascending; a row may come several times (n > 1)
@@ -73,6 +99,10 @@ struct StepInputs {
   const TokenCount* token_counts = nullptr;
   const TokenBias* token_biases = nullptr;
   const uint32_t* token_masks = nullptr;  // [mask rows, ceil(vocab / 32)], bit set: allowed
+
+  // This struct as it lies in device memory, at an address that does not change: what a captured
+  // step must not take from its launch (counts, strides, lists of any length) is read there.
+  const StepInputs* device = nullptr;
 };
 
 }  // namespace ni

@@ -34,7 +34,7 @@ void check_sequences(const StepInputs& in, const AttnArgs& a, const KvView& kv) 
   check_arg(in.num_seqs == 0 || in.cu_seqlens_q[0] >= 0, "attention: cu_seqlens_q starts below 0");
   for (int32_t s = 0; s < in.num_seqs; ++s) {
     const int32_t len = in.cu_seqlens_q[s + 1] - in.cu_seqlens_q[s], context = in.context_lens[s];
-    if (len == 0) continue;
+    if (len == 0 || context == 0) continue;  // a padding row has no context
     check_arg(len > 0 && in.cu_seqlens_q[s + 1] <= in.num_tokens && context >= len,
               "attention: sequence ", s, " has query rows [", in.cu_seqlens_q[s], ", ",
               in.cu_seqlens_q[s + 1], ") of ", in.num_tokens, " and ", context, " tokens");
@@ -295,6 +295,7 @@ void CpuBackend::rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs&
 void CpuBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a, const KvView& kv,
                            Tensor out) {
   check_kv(kv);
+  check_arg(a.softcap == 0, "attention: no soft cap on CPUs yet");
   const int32_t kv_heads = kv.num_kv_heads;
   check_arg(a.num_heads > 0 && a.num_heads % kv_heads == 0, "attention: ", a.num_heads,
             " heads over ", kv_heads, " KV heads");
@@ -319,7 +320,7 @@ void CpuBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a, 
     const auto first = static_cast<int32_t>(i / kv_heads % blocks) * tokens;
     const auto seq = static_cast<int32_t>(i / kv_heads / blocks);
     const int32_t count = std::min(tokens, in.cu_seqlens_q[seq + 1] - in.cu_seqlens_q[seq] - first);
-    if (count <= 0) return;
+    if (count <= 0 || in.context_lens[seq] == 0) return;
     Workspace ws(memory + worker * workspace, rows, d, v_dim);
     item.run(seq, head, first, count, ws);
   });

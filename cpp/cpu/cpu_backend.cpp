@@ -91,6 +91,7 @@ void check_kv(const KvView& kv) {
             " and head_dim ", kv.head_dim, " must be positive, head_dim even");
   check_arg(kv.dtype == DType::f32 || kv.dtype == DType::bf16 || kv.dtype == DType::f16,
             "KV cache: ", dtype_name(kv.dtype), " is not supported");
+  check_arg(kv.k_tile == 16, "KV cache: tiles of ", kv.k_tile, " slots");
   check_arg(kv.k != nullptr && kv.v != nullptr, "KV cache: no data");
 }
 
@@ -117,16 +118,18 @@ Buffer CpuBackend::alloc(size_t bytes) {
   return {data, bytes, unmap};
 }
 
+void CpuBackend::check_model(DType /*weights*/, int32_t /*num_heads*/, const KvView& kv) const {
+  check_arg(kv.dtype != DType::fp8_e4m3,
+            "an fp8 KV cache is not supported on CPUs; float32, "
+            "bfloat16 and float16 are");
+}
+
 void CpuBackend::upload(const void* host, void* device, size_t bytes) {
   std::memcpy(device, host, bytes);
 }
 
 void CpuBackend::download(const void* device, void* host, size_t bytes) {
   std::memcpy(host, device, bytes);
-}
-
-void CpuBackend::run_step(int /*key*/, const std::function<void()>& step) {
-  step();
 }
 
 char* CpuBackend::scratch(size_t bytes) {

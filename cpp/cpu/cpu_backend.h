@@ -15,13 +15,20 @@ class CpuBackend final : public Backend {
   const BackendInfo& info() const override { return info_; }
   size_t memory_available() const override;
   Buffer alloc(size_t bytes) override;
+  Buffer alloc_host(size_t bytes) override { return alloc(bytes); }
   void upload(const void* host, void* device, size_t bytes) override;
   void download(const void* device, void* host, size_t bytes) override;
   void synchronize() override {}
-  void run_step(int key, const std::function<void()>& step) override;
+  uint64_t mark() override { return 0; }
+  void wait(uint64_t /*mark*/) override {}
+  void run_step(GraphKey /*key*/, const std::function<void()>& step) override { step(); }
+  bool healthy() const override { return true; }
+
+  void check_model(DType weights, int32_t num_heads, const KvView& kv) const override;
 
   size_t weight_bytes(const WeightSpec& spec) const override;
   void load_rows(const LinearWeight& w, int64_t first_row, Tensor src) override;
+  void prepare(const std::vector<const LinearWeight*>& /*weights*/, int64_t /*rows*/) override {}
 
   void embed(const StepInputs& in, const LinearWeight& w, const EmbedArgs& a, Tensor out) override;
   void norm(Tensor x, const NormWeight& w, const NormArgs& a, Tensor out) override;

@@ -146,7 +146,9 @@ void CpuBackend::embed(const StepInputs& in, const LinearWeight& w, const EmbedA
   pool_.parallel_for(in.num_tokens, row_grain(8 * n), [&](int64_t begin, int64_t end, int) {
     for (int64_t t = begin; t < end; ++t) {
       float* row = out.as<float>() + t * out.row_stride;
-      add_row(w, in.token_ids[t], a.scale, false, row);
+      int32_t id = in.token_ids[t];
+      if (id < 0 && in.sampled_ids != nullptr) id = in.sampled_ids[-1 - id];
+      add_row(w, id, a.scale, false, row);
       if (a.positions != nullptr) add_row(*a.positions, in.positions[t], 1.0f, true, row);
     }
   });

@@ -33,18 +33,26 @@ uint64_t default_block_hash(uint64_t parent, const int32_t* tokens, int count) {
 BlockManager::BlockManager(BlockManagerConfig config)
     : hash_seed_(std::random_device{}() | uint64_t{std::random_device{}()} << 32),
       config_(std::move(config)) {
-  check_arg(config_.num_blocks >= 1, "num_blocks must be at least 1, got ", config_.num_blocks);
   check_arg(config_.block_size >= 1, "block_size must be at least 1, got ", config_.block_size);
   check_arg(config_.hash != nullptr, "the block hash must not be empty");
-  const auto n = static_cast<size_t>(config_.num_blocks);
+  resize(config_.num_blocks);
+}
+
+void BlockManager::resize(int num_blocks) {
+  check_arg(num_blocks >= 1, "num_blocks must be at least 1, got ", num_blocks);
+  check_invariant(next_id_ == 1 && std::count(ref_counts_.begin(), ref_counts_.end(), 0) ==
+                                       static_cast<ptrdiff_t>(ref_counts_.size()),
+                  "the number of blocks cannot change once they are used");
+  config_.num_blocks = num_blocks;
+  const auto n = static_cast<size_t>(num_blocks);
   ref_counts_.assign(n, 0);
-  blocks_.resize(n + 1);
+  blocks_.assign(n + 1, Block());
   const int32_t sentinel = config_.num_blocks;
   at(sentinel).prev = at(sentinel).next = sentinel;
   for (int32_t b = 0; b < sentinel; ++b) link_between(b, at(sentinel).prev, sentinel);
   num_available_ = config_.num_blocks;
   if (config_.enable_prefix_caching) {
-    table_.resize(std::bit_ceil(2 * n));
+    table_.assign(std::bit_ceil(2 * n), Entry());
     tokens_ =
         std::make_unique_for_overwrite<int32_t[]>(n * static_cast<size_t>(config_.block_size));
   }

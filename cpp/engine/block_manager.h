@@ -52,6 +52,8 @@ struct BlockManagerStats {
 class BlockManager {
  public:
   explicit BlockManager(BlockManagerConfig config);
+  // Another number of blocks, all of them free. Before anything was handed out.
+  void resize(int num_blocks);
 
   int block_size() const { return config_.block_size; }
   int num_blocks() const { return config_.num_blocks; }

@@ -16,7 +16,7 @@ double now() {
 
 BlockManagerConfig block_config(const EngineConfig& config) {
   BlockManagerConfig out;
-  out.num_blocks = config.num_blocks;
+  out.num_blocks = config.num_blocks > 0 ? config.num_blocks : 1;  // until it is decided
   out.block_size = config.effective_block_size();
   out.enable_prefix_caching = config.enable_prefix_caching && config.paged;
   return out;
@@ -34,13 +34,6 @@ SchedulerConfig scheduler_config(const EngineConfig& config, const ModelConfig& 
   out.enable_chunked_prefill = config.enable_chunked_prefill;
   out.static_batching = config.static_batching;
   out.eos_token_ids = config.eos_token_ids;
-  return out;
-}
-
-BackendOptions backend_options(const EngineConfig& config) {
-  BackendOptions out;
-  out.num_threads = config.num_threads;
-  out.isa = config.isa;
   return out;
 }
 
@@ -65,12 +58,27 @@ Engine::~Engine() {
   shutdown();
 }
 
+BackendOptions Engine::backend_options(const EngineConfig& config) {
+  BackendOptions out;
+  out.num_threads = config.num_threads;
+  out.isa = config.isa;
+  out.device_index = config.device_index;
+  out.activation_dtype = config.dtype;
+  out.batch_invariant = config.batch_invariant;
+  out.enable_graphs = !config.graph_sizes.empty();
+  out.plan_cache = config.plan_cache;
+  return out;
+}
+
 RunnerConfig Engine::runner_config(const EngineConfig& config) {
   RunnerConfig out;
   out.dtype = config.dtype;
   out.kv_dtype = config.kv_cache_dtype;
   out.block_size = config.effective_block_size();
   out.num_blocks = config.num_blocks;
+  out.memory_fraction = config.memory_fraction;
+  out.graph_sizes = config.graph_sizes;
+  out.overlap = config.overlap;
   out.max_model_len = config.max_model_len;
   out.max_num_seqs = config.max_num_seqs;
   out.max_num_batched_tokens = config.max_num_batched_tokens;
@@ -87,6 +95,7 @@ void Engine::load_weight(const std::string& slot, const Tensor& data) {
 void Engine::finish_loading() {
   check_arg(!loaded_, "finish_loading() has already been called");
   runner_.finish_loading();
+  if (config_.num_blocks == 0) blocks_.resize(runner_.num_blocks());
   loaded_ = true;
   publish();
 }
@@ -121,6 +130,12 @@ void Engine::shutdown() {
 
 // -- Any thread -------------------------------------------------------------------------------
 
+void Engine::validate(const Request& request) const {
+  check_arg(loaded_ || config_.num_blocks > 0,
+            "what fits into the cache is not known before finish_loading()");
+  scheduler_.validate(request);
+}
+
 void Engine::submit(Request request) {
   InboxItem item;
   item.arrival = now();
@@ -131,7 +146,7 @@ void Engine::submit(Request request) {
     throw error;
   };
   try {
-    scheduler_.validate(request);
+    validate(request);
   } catch (const std::invalid_argument& error) {
     const std::lock_guard lock(mutex_);
     reject(error);
@@ -195,7 +210,8 @@ void Engine::loop() {
       {
         std::unique_lock lock(mutex_);
         inbox_ready_.wait(lock, [this] {
-          return stopping_ || (counters_.healthy && (!inbox_.empty() || scheduler_.has_work()));
+          return stopping_ || (counters_.healthy &&
+                               (!inbox_.empty() || scheduler_.has_work() || in_flight_ > 0));
         });
         if (stopping_) break;
       }
@@ -223,13 +239,7 @@ bool Engine::run_step() {
   bool worked = false;
   try {
     drain_inbox();
-    if (scheduler_.has_work()) {
-      const StepPlan& plan = scheduler_.schedule();
-      if (!plan.empty()) {
-        worked = true;
-        run_plan(plan);
-      }
-    }
+    worked = take_turn();
     if (config_.check_invariants) scheduler_.check_invariants();
   } catch (const std::exception& error) {
     break_down(error.what());
@@ -260,35 +270,95 @@ void Engine::drain_inbox() {
   emit_ended("");
 }
 
-void Engine::run_plan(const StepPlan& plan) {
+// Launches the next step, then finishes the one before it: while the device computes, the host
+// delivers. Without overlap, or where the next one depends on what the last has sampled, a step is
+// finished before the next is put together.
+bool Engine::take_turn() {
+  bool worked = false;
+  if (in_flight_ > 0 && !scheduler_.can_run_ahead()) {
+    finish_step();
+    worked = true;
+  }
+  bool launched = false;
+  if (scheduler_.has_work()) {
+    const StepPlan& plan = in_flight_ > 0 ? scheduler_.schedule_ahead() : scheduler_.schedule();
+    if (!plan.empty()) {
+      launched = launch_step(plan);
+      worked = true;
+    }
+  }
+  const size_t may_stay = launched && config_.overlap ? 1 : 0;
+  while (in_flight_ > may_stay) {
+    finish_step();
+    worked = true;
+  }
+  return worked;
+}
+
+bool Engine::launch_step(const StepPlan& plan) {
   const double start = now();
   for (const StepPlan::Event& event : plan.admitted)
     times_[event.request_id].first_scheduled = start;
-  if (trace_.enabled()) begin_record(plan);
+  Step& step = steps_[(oldest_ + in_flight_) % steps_.size()];
+  step.plan = &plan;
+  step.launched = false;
+  if (trace_.enabled()) begin_record(plan, step.record);
   for (const ScheduledSequence& item : plan.items)
     if (!item.is_decode) counters_.prompt_tokens += static_cast<uint64_t>(item.num_query);
-  const StepResult* result = nullptr;
-  std::string error;
-  try {  // whatever a device throws ends this step's requests and no more
+  try {
     runner_.launch(plan);
-    result = &runner_.collect();
+    step.launched = true;
   } catch (const std::exception& e) {
-    error = e.what();
+    step.error = e.what();
+  }
+  ++in_flight_;
+  return step.launched;
+}
+
+// The oldest one. Whatever a device throws ends the requests of the steps in flight and no more.
+void Engine::finish_step() {
+  const Step& step = steps_[oldest_];
+  const StepResult* result = nullptr;
+  std::string error = step.error;
+  if (step.launched) {
+    try {
+      result = &runner_.collect();
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
   }
   step_end_ = now();
-  if (result != nullptr) {
-    collect_outputs(plan, *result);
-  } else {
-    ++counters_.failed_steps;
-    fail_step(error);
+  if (result == nullptr) {
+    fail_steps(error);
+    return;
   }
-  ++counters_.steps;
-  counters_.last_step_time = step_end_;
-  if (trace_.enabled()) end_record(result == nullptr);
+  mark_rows_in_vain();
+  collect_outputs(*step.plan, *result);
+  end_step(false);
+}
+
+// A step that follows a failed one has read what that one left behind.
+void Engine::fail_steps(const std::string& error) {
+  runner_.discard();
+  while (in_flight_ > 0) {
+    ++counters_.failed_steps;
+    mark_rows_in_vain();
+    fail_step(error);
+    end_step(true);
+  }
+  if (!runner_.backend().healthy()) throw std::runtime_error(error);
+}
+
+void Engine::finish_steps_in_flight() {
+  try {
+    while (in_flight_ > 0) finish_step();
+  } catch (const std::exception& error) {
+    break_down(error.what());
+  }
 }
 
 void Engine::collect_outputs(const StepPlan& plan, const StepResult& result) {
-  const std::vector<int32_t>& sample_rows = runner_.batch().sample_rows();
+  const std::vector<int32_t>& sample_rows = result.batch->sample_rows();
   collect_prompt_logprobs(plan, result);
   // A finished sequence is gone after update(): what is needed of its request is taken before.
   std::vector<int> num_logprobs(plan.items.size());
@@ -314,7 +384,7 @@ void Engine::collect_outputs(const StepPlan& plan, const StepResult& result) {
 
 // Prompt log-probabilities are the request's, not a choice's: they go out as choice 0.
 void Engine::collect_prompt_logprobs(const StepPlan& plan, const StepResult& result) {
-  const std::vector<LogitsRow>& rows = runner_.batch().rows();
+  const std::vector<LogitsRow>& rows = result.batch->rows();
   for (size_t row = 0; row < rows.size();) {
     if (rows[row].prompt_index < 0) {
       ++row;
@@ -328,6 +398,7 @@ void Engine::collect_prompt_logprobs(const StepPlan& plan, const StepResult& res
           row_logprobs(result, static_cast<int>(row), seq.request->params.prompt_logprobs));
       seq.num_prompt_scored = rows[row].prompt_index;
     }
+    if (seq.status == SequenceStatus::finished) continue;  // aborted while the step ran
     SequenceUpdate update;
     update.request_id = seq.request->id;
     update.choice = seq.choice;
@@ -336,16 +407,15 @@ void Engine::collect_prompt_logprobs(const StepPlan& plan, const StepResult& res
   }
 }
 
-TokenLogprobs Engine::row_logprobs(const StepResult& result, int row, int num_logprobs) const {
-  const auto r = static_cast<size_t>(row);
-  const ptrdiff_t first = static_cast<ptrdiff_t>(row) * config_.max_logprobs;
+TokenLogprobs Engine::row_logprobs(const StepResult& result, int row, int num_logprobs) {
+  const SampleOutputs& from = result.outputs;
+  const ptrdiff_t first = static_cast<ptrdiff_t>(row) * from.max_logprobs;
   TokenLogprobs out;
-  out.token_id = result.token_ids[r];
-  out.logprob = result.logprobs[r];
-  out.rank = result.ranks[r];
-  out.top_ids.assign(result.top_ids.begin() + first, result.top_ids.begin() + first + num_logprobs);
-  out.top_logprobs.assign(result.top_logprobs.begin() + first,
-                          result.top_logprobs.begin() + first + num_logprobs);
+  out.token_id = from.token_ids[row];
+  out.logprob = from.logprobs[row];
+  out.rank = from.ranks[row];
+  out.top_ids.assign(from.top_ids + first, from.top_ids + first + num_logprobs);
+  out.top_logprobs.assign(from.top_logprobs + first, from.top_logprobs + first + num_logprobs);
   return out;
 }
 
@@ -399,9 +469,12 @@ void Engine::fail_step(const std::string& error) {
 }
 
 // The engine's own bookkeeping is inconsistent: ends every request without asking the scheduler and
-// takes no further ones. The process, and with it the reader of outputs, lives on.
+// takes no further ones. So it does when the device is lost. The process, and with it the reader of
+// outputs, lives on.
 void Engine::break_down(const std::string& error) {
   counters_.healthy = false;
+  runner_.discard();
+  in_flight_ = 0;
   std::vector<uint64_t> ids;
   {
     const std::lock_guard lock(mutex_);
@@ -423,9 +496,7 @@ void Engine::break_down(const std::string& error) {
   }
 }
 
-void Engine::begin_record(const StepPlan& plan) {
-  StepRecord& record = trace_.scratch();
-  record.step = counters_.steps + 1;
+void Engine::begin_record(const StepPlan& plan, StepRecord& record) {
   record.start_time = now();
   record.num_tokens = plan.num_tokens;
   record.num_decodes = plan.num_decodes;
@@ -457,8 +528,23 @@ void Engine::begin_record(const StepPlan& plan) {
   }
 }
 
-void Engine::end_record(bool failed) {
-  StepRecord& record = trace_.scratch();
+// Sequences of the oldest step in flight that have ended since it was launched.
+void Engine::mark_rows_in_vain() {
+  if (!trace_.enabled()) return;
+  Step& step = steps_[oldest_];
+  for (size_t i = 0; i < step.plan->items.size(); ++i)
+    step.record.entries[i].in_vain = step.plan->items[i].seq->status == SequenceStatus::finished;
+}
+
+// The oldest step in flight has been delivered, or has failed.
+void Engine::end_step(bool failed) {
+  StepRecord& record = steps_[oldest_].record;
+  oldest_ = (oldest_ + 1) % steps_.size();
+  --in_flight_;
+  ++counters_.steps;
+  counters_.last_step_time = step_end_;
+  if (!trace_.enabled()) return;
+  record.step = counters_.steps;
   const SchedulerStats scheduler = scheduler_.stats();
   const BlockManagerStats blocks = blocks_.stats();
   record.end_time = step_end_;
@@ -470,7 +556,7 @@ void Engine::end_record(bool failed) {
   record.blocks_used = blocks.num_used;
   record.finished.swap(ended_);
   ended_.clear();
-  trace_.push();
+  trace_.push(record);
 }
 
 // Hands outputs over and makes the counters visible, in one go: they balance at every instant.
@@ -506,6 +592,7 @@ void Engine::publish() {
 }
 
 void Engine::abort_all() {
+  if (counters_.healthy) finish_steps_in_flight();
   if (counters_.healthy) {  // else everything has ended, and the scheduler is not to be trusted
     drain_inbox();
     std::vector<uint64_t> ids;
@@ -542,6 +629,7 @@ bool Engine::reset_prefix_cache() {
   const std::lock_guard lock(step_mutex_);
   check_idle_caller();
   if (scheduler_.has_work()) return false;
+  finish_steps_in_flight();
   blocks_.reset_prefix_cache();
   publish();
   return true;
@@ -557,6 +645,9 @@ std::vector<float> Engine::logits(const std::vector<int32_t>& tokens) {
   for (const int32_t token : tokens)
     check_arg(token >= 0 && token < model_.vocab_size, "token id ", token,
               " is outside the vocabulary of ", model_.vocab_size);
+  finish_steps_in_flight();
+  publish();
+  check_runtime(counters_.healthy, "the engine has failed");
   Sequence lender;
   lender.tokens = tokens;
   std::vector<BlockCopy> copies;

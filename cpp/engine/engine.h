@@ -2,6 +2,7 @@
 // everybody else talks to it through an inbox and an outbox. It knows nothing of Python.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <memory>
@@ -21,16 +22,24 @@ namespace ni {
 
 struct EngineConfig {
   std::string device = "cpu";
-  std::string isa;            // CPU instruction set; empty: best
-  int num_threads = 0;        // 0: all available
-  DType dtype = DType::bf16;  // weights
+  int device_index = 0;          // which card
+  std::string isa;               // CPU instruction set; empty: best
+  int num_threads = 0;           // 0: all available
+  bool batch_invariant = true;   // CUDA: promise 1, at a cost
+  std::string plan_cache;        // CUDA: file of timed GEMM plans; empty: none
+  std::vector<int> graph_sizes;  // decode steps are padded to these and captured; empty: none
+  DType dtype = DType::bf16;     // weights; on CUDA activations, too
   DType kv_cache_dtype = DType::bf16;
   int block_size = 16;
+  // 0: decided by finish_loading(), so that memory_fraction of the device's memory is in use.
   int num_blocks = 0;
+  double memory_fraction = 0.0;
   bool paged = true;  // false: a sequence reserves max_model_len contiguous slots
   bool enable_prefix_caching = true;
   bool enable_chunked_prefill = true;
   bool static_batching = false;
+  // The next step is launched before the tokens of the last one have reached the host: scheduler.h.
+  bool overlap = false;
   SchedulingPolicy policy = SchedulingPolicy::fcfs;
   int max_model_len = 2048;
   int max_num_seqs = 256;
@@ -94,19 +103,23 @@ class Engine {
   Engine(const EngineConfig& config, const ModelConfig& model, std::unique_ptr<Backend> backend);
   ~Engine();
 
+  static BackendOptions backend_options(const EngineConfig& config);
   static RunnerConfig runner_config(const EngineConfig& config);
 
-  // Both throw std::invalid_argument after finish_loading().
+  // Both throw std::invalid_argument after finish_loading(). load_weight: from several threads at
+  // once for different slots, where the backend allows it.
   void load_weight(const std::string& slot, const Tensor& data);
   void finish_loading();
+  // Of the cache; before finish_loading() what the config says.
+  int num_blocks() const { return loaded_ ? blocks_.num_blocks() : config_.num_blocks; }
   void start();
-  // Stops after the step in flight; unfinished requests end with FinishReason::abort. From any
+  // Stops after the steps in flight; unfinished requests end with FinishReason::abort. From any
   // thread, any number of times.
   void shutdown();
 
   // From any thread. submit throws std::invalid_argument, QueueFull, or std::runtime_error when the
-  // engine has stopped.
-  void validate(const Request& request) const { scheduler_.validate(request); }
+  // engine has stopped. Where num_blocks is 0, both want finish_loading() first.
+  void validate(const Request& request) const;
   void submit(Request request);
   void abort(uint64_t request_id, int choice, FinishReason reason);
   // Waits for outputs; returns none after `timeout` seconds (< 0: never) or when the engine has
@@ -115,8 +128,8 @@ class Engine {
   EngineStats stats() const;
   std::vector<StepRecord> trace(uint64_t since) const { return trace_.read(since); }
 
-  // Drains the inbox and does one step on the caller's thread, if start() was not called.
-  // False: there was nothing to do.
+  // Drains the inbox and does one step on the caller's thread, if start() was not called. With
+  // overlap it launches a step, delivers the one before, or both. False: there was nothing to do.
   bool step();
   // False while requests are unfinished.
   bool reset_prefix_cache();
@@ -141,20 +154,32 @@ class Engine {
   struct Times {
     double arrival = 0.0, first_scheduled = 0.0;
   };
+  // A step in flight.
+  struct Step {
+    const StepPlan* plan = nullptr;
+    bool launched = false;
+    std::string error;  // why not
+    StepRecord record;
+  };
 
   void loop();
   void drain_inbox();
   bool run_step();
-  void run_plan(const StepPlan& plan);
+  bool take_turn();
+  bool launch_step(const StepPlan& plan);
+  void finish_step();
+  void fail_steps(const std::string& error);
+  void finish_steps_in_flight();
   void collect_outputs(const StepPlan& plan, const StepResult& result);
   void collect_prompt_logprobs(const StepPlan& plan, const StepResult& result);
-  TokenLogprobs row_logprobs(const StepResult& result, int row, int num_logprobs) const;
+  static TokenLogprobs row_logprobs(const StepResult& result, int row, int num_logprobs);
   void emit(const SequenceUpdate& update, Output output);
   void emit_ended(const std::string& error);
   void fail_step(const std::string& error);
   void break_down(const std::string& error);
-  void begin_record(const StepPlan& plan);
-  void end_record(bool failed);
+  void begin_record(const StepPlan& plan, StepRecord& record);
+  void mark_rows_in_vain();
+  void end_step(bool failed);
   void publish();
   void abort_all();
   void end_all() noexcept;
@@ -168,6 +193,8 @@ class Engine {
   Trace trace_;
 
   // Owned by the engine thread.
+  std::array<Step, 2> steps_;
+  size_t oldest_ = 0, in_flight_ = 0;
   std::vector<InboxItem> drained_;
   std::vector<SequenceUpdate> updates_;
   std::vector<Output> produced_;

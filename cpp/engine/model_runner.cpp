@@ -1,6 +1,9 @@
 #include "engine/model_runner.h"
 
 #include <algorithm>
+#include <cmath>
+#include <functional>
+#include <utility>
 
 #include "core/check.h"
 
@@ -8,9 +11,9 @@ namespace ni {
 namespace {
 
 // Logits rows computed at a time. It bounds their memory (rows x vocabulary x 4 bytes) when a step
-// has many of them, as prompt log-probabilities do.
-int logits_slab(const RunnerConfig& config) {
-  return std::min(config.max_num_seqs, 64);
+// has many of them, as prompt log-probabilities do. A captured step samples all its rows at once.
+int logits_slab(const RunnerConfig& config, const BackendInfo& info) {
+  return std::min(config.max_num_seqs, info.has_graphs ? 512 : 64);
 }
 
 SampleOutputs sample_views(char* base, int rows, int max_logprobs) {
@@ -39,6 +42,14 @@ int max_blocks(const RunnerConfig& config) {
   return (config.max_model_len + config.block_size - 1) / config.block_size;
 }
 
+size_t steps_in_flight(const RunnerConfig& config) {
+  return config.overlap ? 2 : 1;
+}
+
+double gigabytes(double bytes) {
+  return std::round(bytes / 1e7) / 100;
+}
+
 }  // namespace
 
 ModelRunner::ModelRunner(std::unique_ptr<Backend> backend, const ModelConfig& model,
@@ -47,30 +58,46 @@ ModelRunner::ModelRunner(std::unique_ptr<Backend> backend, const ModelConfig& mo
       config_(config),
       backend_(std::move(backend)),
       weights_(model_, config.dtype),
-      cache_(model_, config.kv_dtype, config.block_size),
+      cache_(model_, config.kv_dtype, config.block_size, backend_->info().k_tile),
       activations_(model_, backend_->info().activation_dtype, config.max_num_batched_tokens,
-                   logits_slab(config)),
-      batch_(config.block_size, model.vocab_size, config.eos_token_ids),
-      max_logits_(logits_slab(config)) {
-  check_arg(config.num_blocks > 0, "num_blocks must be positive, got ", config.num_blocks);
+                   logits_slab(config, backend_->info())),
+      max_logits_(logits_slab(config, backend_->info())),
+      num_blocks_(config.num_blocks),
+      graph_sizes_(config.graph_sizes) {
+  const BackendInfo& info = backend_->info();
+  check_arg(config.memory_fraction >= 0 && config.memory_fraction <= 1,
+            "memory_fraction must be in [0, 1], got ", config.memory_fraction);
+  check_arg(config.num_blocks > 0 || (config.num_blocks == 0 && config.memory_fraction > 0),
+            "num_blocks must be positive, got ", config.num_blocks);
   check_arg(!model.learned_positions || config.max_model_len <= model.max_position_embeddings,
             "max_model_len is ", config.max_model_len, ", but the model has ",
             model.max_position_embeddings, " learned positions");
+  check_arg(info.tiling.kv_chunk == 0 || config.max_num_seqs <= info.tiling.max_items,
+            "max_num_seqs is ", config.max_num_seqs, ", but on ", info.device,
+            " it can be at most ", info.tiling.max_items);
+  std::sort(graph_sizes_.begin(), graph_sizes_.end());
+  graph_sizes_.erase(std::unique(graph_sizes_.begin(), graph_sizes_.end()), graph_sizes_.end());
+  for (const int size : graph_sizes_)
+    check_arg(size >= 1 && size <= config.max_num_seqs, "graph_sizes must be in [1, ",
+              config.max_num_seqs, "] (max_num_seqs), got ", size);
+  backend_->check_model(config.dtype, model_.num_heads, cache_.view());
   weights_.allocate(*backend_);
 }
 
 MemoryPlan ModelRunner::plan_memory(const Backend& backend, const ModelConfig& model,
                                     const RunnerConfig& config) {
+  const BackendInfo& info = backend.info();
   MemoryPlan plan;
   plan.weights = Weights(model, config.dtype).bytes(backend);
-  plan.activations =
-      Activations(model, backend.info().activation_dtype, config.max_num_batched_tokens,
-                  logits_slab(config))
-          .bytes() +
-      RopeTables::bytes(model, config.max_model_len) +
-      StepBatch::max_bytes(config.max_num_batched_tokens, config.max_num_seqs, max_blocks(config)) +
-      sample_bytes(max_sample_rows(config), config.max_logprobs);
-  plan.kv_block = KvCache(model, config.kv_dtype, config.block_size).block_bytes();
+  plan.activations = Activations(model, info.activation_dtype, config.max_num_batched_tokens,
+                                 logits_slab(config, info))
+                         .bytes() +
+                     RopeTables::bytes(model, config.max_model_len);
+  const size_t step = StepBatch::max_bytes(config.max_num_batched_tokens, config.max_num_seqs,
+                                           max_blocks(config), info.tiling) +
+                      sample_bytes(max_sample_rows(config), config.max_logprobs);
+  plan.activations += step * (1 + steps_in_flight(config));
+  plan.kv_block = KvCache(model, config.kv_dtype, config.block_size, info.k_tile).block_bytes();
   return plan;
 }
 
@@ -78,68 +105,192 @@ void ModelRunner::load_weight(const std::string& slot, const Tensor& data) {
   weights_.load(*backend_, slot, data);
 }
 
+// The cache comes last and gets what is left: all else is allocated before it, and a step of the
+// largest size has been run, so that what the device takes for itself is taken, too. Captured steps
+// come after it, for they hold its addresses.
 void ModelRunner::finish_loading() {
   weights_.check_complete();
+  allocate_step_memory();
+  backend_->prepare(weights_.products(), config_.max_num_batched_tokens);
+  cache_.allocate(*backend_, std::max(num_blocks_, 1));
+  if (backend_->info().has_graphs || num_blocks_ == 0) run_largest_step();
+  if (num_blocks_ == 0) {
+    num_blocks_ = blocks_that_fit();
+    cache_.allocate(*backend_, num_blocks_);
+  }
+  if (backend_->info().has_graphs) capture_graphs();
+}
+
+void ModelRunner::allocate_step_memory() {
   activations_.allocate(*backend_);
-  batch_.reserve(config_.max_num_batched_tokens, config_.max_num_seqs, max_blocks(config_));
-  step_data_ = backend_->alloc(batch_.capacity());
-  sample_capacity_ = max_sample_rows(config_);
-  sample_data_ = backend_->alloc(sample_bytes(sample_capacity_, config_.max_logprobs));
-  const auto rows = static_cast<size_t>(sample_capacity_);
-  for (std::vector<int32_t>* v : {&result_.token_ids, &result_.ranks, &result_.samples})
-    v->reserve(rows);
-  result_.logprobs.reserve(rows);
-  cache_.allocate(*backend_, config_.num_blocks);
   ropes_ = std::make_unique<RopeTables>(model_, config_.max_model_len, *backend_);
   decoder_ = std::make_unique<Decoder>(model_, weights_, cache_, *ropes_, activations_, *backend_);
+  sample_capacity_ = max_sample_rows(config_);
+  const size_t bytes = sample_bytes(sample_capacity_, config_.max_logprobs);
+  sample_data_ = backend_->alloc(bytes);
+  outputs_ = sample_views(sample_data_.data(), sample_capacity_, config_.max_logprobs);
+  const auto allocate_host = [this](size_t n) { return backend_->alloc_host(n); };
+  for (size_t i = 0; i < steps_in_flight(config_); ++i) {
+    slots_.push_back({StepBatch(config_.block_size, model_.vocab_size, config_.eos_token_ids,
+                                backend_->info().tiling, allocate_host),
+                      backend_->alloc_host(bytes), 0, StepResult()});
+    Slot& slot = slots_.back();
+    slot.batch.reserve(config_.max_num_batched_tokens, config_.max_num_seqs, max_blocks(config_));
+    slot.result.samples.reserve(static_cast<size_t>(sample_capacity_));
+    slot.result.outputs =
+        sample_views(slot.host_data.data(), sample_capacity_, config_.max_logprobs);
+  }
+  step_data_ = backend_->alloc(slots_[0].batch.capacity());
 }
 
-StepInputs ModelRunner::forward(const StepPlan& plan) {
-  batch_.build(plan);
-  // Only what max_bytes() does not count can make it grow.
-  if (step_data_.bytes() < batch_.bytes()) step_data_ = backend_->alloc(2 * batch_.bytes());
-  backend_->upload(batch_.data(), step_data_.data(), batch_.bytes());
-  const StepInputs in = batch_.inputs_at(step_data_.data());
-  backend_->run_step(0, [&] { decoder_->forward(in); });
-  return in;
+// As many rows as a step can have, in prompts as long as possible; each row yields logits. They
+// write nothing, and all that they read is block 0.
+void ModelRunner::run_largest_step() {
+  auto request = std::make_shared<Request>();
+  request->params.prompt_logprobs = 0;
+  std::vector<Sequence> prompts(static_cast<size_t>(config_.max_num_seqs));
+  StepPlan plan;
+  int left = config_.max_num_batched_tokens;
+  for (Sequence& seq : prompts) {
+    const int rows = std::min(left, config_.max_model_len);
+    if (rows == 0) break;
+    left -= rows;
+    seq.request = request;
+    seq.tokens.assign(static_cast<size_t>(rows), 0);
+    seq.num_prompt = rows;
+    seq.block_table.assign(static_cast<size_t>(max_blocks(config_)), 0);
+    plan.items.push_back({&seq, rows, 1, 0, false});
+  }
+  StepBatch& batch = slots_[0].batch;
+  batch.build(plan);
+  batch.forbid_writes();
+  compute(upload(batch), 0);
+  backend_->synchronize();
 }
 
-void ModelRunner::launch(const StepPlan& plan) {
-  const StepInputs in = forward(plan);
-  sample_rows(in, sample_views(sample_data_.data(), sample_capacity_, config_.max_logprobs));
+int ModelRunner::blocks_that_fit() const {
+  constexpr double kGraphs = 64e6, kGraph = 1e6;  // bytes that captured steps will take, about
+  const BackendInfo& info = backend_->info();
+  const auto total = static_cast<double>(info.memory_total);
+  const auto available = static_cast<double>(backend_->memory_available());
+  const double graphs =
+      info.has_graphs ? kGraphs + kGraph * static_cast<double>(graph_sizes_.size()) : 0.0;
+  const double budget = config_.memory_fraction * total - (total - available) - graphs;
+  const auto block = static_cast<double>(cache_.block_bytes());
+  const int longest = max_blocks(config_);
+  check_runtime(
+      budget >= longest * block, "too little memory for the KV cache: ", gigabytes(available),
+      " GB are free, of which ", gigabytes(std::max(budget, 0.0)),
+      " GB may be used, and one sequence of max_model_len (", config_.max_model_len,
+      " tokens) needs ", gigabytes(longest * block),
+      " GB; lower max_model_len or raise gpu_memory_utilization (", config_.memory_fraction, ")");
+  const double most = static_cast<double>(longest) * config_.max_num_seqs;
+  return static_cast<int>(std::min({std::floor(budget / block), most, 2e9}));
 }
 
-void ModelRunner::sample_rows(const StepInputs& in, const SampleOutputs& out) {
-  for (int first = 0; first < in.num_logits; first += max_logits_) {
-    const int count = std::min(max_logits_, in.num_logits - first);
-    backend_->sample(decoder_->logits(in, first, count), in, first, out);
+// Largest first, so that smaller ones find the memory that they need. Twice: the first run of a key
+// captures, the second replays.
+void ModelRunner::capture_graphs() {
+  StepBatch& batch = slots_[0].batch;
+  for (size_t i = graph_sizes_.size(); i-- > 0;) {
+    for (int run = 0; run < 2; ++run) {
+      batch.build(StepPlan(), graph_sizes_[i]);
+      compute(upload(batch), graph_sizes_[i]);
+      backend_->synchronize();
+    }
   }
 }
 
-const StepResult& ModelRunner::collect() {
-  const auto rows = static_cast<size_t>(batch_.inputs().num_logits);
-  // The lists of likely tokens stay on the device unless somebody asked for them.
-  const auto top = static_cast<size_t>(batch_.wants_top() ? config_.max_logprobs : 0);
-  const SampleOutputs device =
-      sample_views(sample_data_.data(), sample_capacity_, config_.max_logprobs);
-  const auto fetch = [&](const auto* from, auto& to, size_t count) {
-    to.resize(count);
-    if (count > 0) backend_->download(from, to.data(), count * sizeof(to[0]));
+// The rows to which a step is padded to be captured; 0: it is run as it is.
+int ModelRunner::graph_rows(const StepPlan& plan) const {
+  const auto rows = static_cast<int>(plan.items.size());
+  if (plan.num_decodes != rows || plan.num_tokens != rows || !plan.copies.empty()) return 0;
+  const auto size = std::lower_bound(graph_sizes_.begin(), graph_sizes_.end(), rows);
+  return size == graph_sizes_.end() ? 0 : *size;
+}
+
+StepInputs ModelRunner::upload(StepBatch& batch) {
+  // Only what max_bytes() does not count can make it larger.
+  Buffer& memory = batch.bytes() <= step_data_.bytes() ? step_data_ : large_step_data_;
+  if (memory.bytes() < batch.bytes()) {
+    backend_->synchronize();  // a step in flight may still read the old one
+    memory = backend_->alloc(2 * batch.bytes());
+  }
+  const StepInputs in = batch.inputs_at(memory.data(), outputs_.token_ids);
+  backend_->upload(batch.data(), memory.data(), batch.bytes());
+  return in;
+}
+
+void ModelRunner::compute(const StepInputs& in, int graph_rows) {
+  // References, because a std::function of anything larger would allocate memory.
+  const auto forward = [&] { decoder_->forward(in); };
+  backend_->run_step({graph_rows, 0}, std::ref(forward));
+  if (in.num_logits == 0) return;
+  const auto sample = [&] { sample_rows(in); };
+  backend_->run_step({in.num_logits <= max_logits_ ? graph_rows : 0, 1}, std::ref(sample));
+}
+
+void ModelRunner::sample_rows(const StepInputs& in) {
+  for (int first = 0; first < in.num_logits; first += max_logits_) {
+    const int count = std::min(max_logits_, in.num_logits - first);
+    backend_->sample(decoder_->logits(in, first, count), in, first, outputs_);
+  }
+}
+
+void ModelRunner::launch(const StepPlan& plan) {
+  check_invariant(in_flight_ < slots_.size(), "too many steps are in flight");
+  Slot& slot = slots_[(oldest_ + in_flight_) % slots_.size()];
+  const int rows = graph_rows(plan);
+  slot.batch.build(plan, rows);
+  const StepInputs in = upload(slot.batch);
+  compute(in, slot.batch.bytes() <= step_data_.bytes() ? rows : 0);
+  download(slot);
+  slot.mark = backend_->mark();
+  ++in_flight_;
+}
+
+// Padding is left behind, and what nobody asked for.
+void ModelRunner::download(Slot& slot) {
+  const StepBatch& batch = slot.batch;
+  const size_t rows = batch.rows().size();
+  const size_t scores = batch.wants_logprobs() ? rows : 0;
+  const size_t top = batch.wants_top() ? rows * static_cast<size_t>(config_.max_logprobs) : 0;
+  const SampleOutputs& to = slot.result.outputs;
+  const auto fetch = [this](const auto* from, auto* host, size_t count) {
+    if (count > 0) backend_->download(from, host, count * sizeof(*host));
   };
-  fetch(device.token_ids, result_.token_ids, rows);
-  fetch(device.logprobs, result_.logprobs, rows);
-  fetch(device.ranks, result_.ranks, rows);
-  fetch(device.top_ids, result_.top_ids, rows * top);
-  fetch(device.top_logprobs, result_.top_logprobs, rows * top);
-  backend_->synchronize();
-  result_.samples.clear();
-  for (const int32_t row : batch_.sample_rows())
-    result_.samples.push_back(result_.token_ids[static_cast<size_t>(row)]);
-  return result_;
+  fetch(outputs_.token_ids, to.token_ids, rows);
+  fetch(outputs_.logprobs, to.logprobs, scores);
+  fetch(outputs_.ranks, to.ranks, scores);
+  fetch(outputs_.top_ids, to.top_ids, top);
+  fetch(outputs_.top_logprobs, to.top_logprobs, top);
+}
+
+const StepResult& ModelRunner::collect() {
+  check_invariant(in_flight_ > 0, "no step is in flight");
+  Slot& slot = slots_[oldest_];
+  backend_->wait(slot.mark);
+  oldest_ = (oldest_ + 1) % slots_.size();
+  --in_flight_;
+  StepResult& result = slot.result;
+  result.batch = &slot.batch;
+  result.samples.clear();
+  for (const int32_t row : slot.batch.sample_rows())
+    result.samples.push_back(result.outputs.token_ids[row]);
+  return result;
+}
+
+void ModelRunner::discard() noexcept {
+  in_flight_ = 0;
+  try {
+    backend_->synchronize();
+  } catch (const std::exception&) {  // what was in flight has failed already
+  }
 }
 
 std::vector<float> ModelRunner::logits(const std::vector<int32_t>& tokens,
                                        const std::vector<int32_t>& blocks) {
+  check_invariant(in_flight_ == 0, "logits() while a step is in flight");
   const int total = static_cast<int>(tokens.size());
   const auto vocab = static_cast<size_t>(model_.vocab_size);
   std::vector<float> out(tokens.size() * vocab);
@@ -156,14 +307,17 @@ std::vector<float> ModelRunner::logits(const std::vector<int32_t>& tokens,
     StepPlan plan;
     const int chunk = std::min(config_.max_num_batched_tokens, seq.num_pending());
     plan.items.push_back({&seq, chunk, seq.num_computed + chunk == total ? 1 : 0, 0, false});
-    const StepInputs in = forward(plan);
+    StepBatch& batch = slots_[0].batch;
+    batch.build(plan);
+    const StepInputs in = upload(batch);
+    const auto forward = [&] { decoder_->forward(in); };
+    backend_->run_step({}, std::ref(forward));
     for (int first = 0; first < in.num_logits; first += max_logits_) {
       const int count = std::min(max_logits_, in.num_logits - first);
       const Tensor rows = decoder_->logits(in, first, count);
-      const size_t elements = static_cast<size_t>(count) * vocab;
-      backend_->download(rows.data, out.data() + done, elements * sizeof(float));
+      for (int64_t r = 0; r < count; ++r, done += vocab)
+        backend_->download(rows.rows(r, 1).data, out.data() + done, vocab * sizeof(float));
       backend_->synchronize();
-      done += elements;
     }
     seq.num_computed += chunk;
   }

@@ -22,6 +22,14 @@ void check_tokens(const char* field, const std::vector<int32_t>& tokens, int voc
               ", but the vocabulary has ", vocab_size, " tokens (ids 0 to ", vocab_size - 1, ")");
 }
 
+// What the next row of such a request does depends on the tokens before it, beyond their number.
+bool needs_known_tokens(const SamplingParams& p) {
+  return p.repetition_penalty != 1.0f || p.presence_penalty != 0.0f ||
+         p.frequency_penalty != 0.0f ||
+         std::any_of(p.bad_words.begin(), p.bad_words.end(),
+                     [](const std::vector<int32_t>& word) { return word.size() > 1; });
+}
+
 // Comparisons are written so that NaN fails them.
 void check_sampling_params(const SamplingParams& p, const SchedulerConfig& c) {
   check_arg(p.n >= 1 && p.n <= c.max_num_seqs, "n must be in [1, ", c.max_num_seqs,
@@ -164,21 +172,70 @@ void Scheduler::add(std::shared_ptr<const Request> request) {
 // -- schedule() -------------------------------------------------------------------------------
 
 const StepPlan& Scheduler::schedule() {
-  check_invariant(!in_flight_, "the step before has not been updated");
-  ended_.clear();
-  plan_.items.clear();
-  plan_.copies.clear();
-  plan_.admitted.clear();
-  plan_.resumed.clear();
-  plan_.preempted.clear();
-  plan_.num_tokens = plan_.num_decodes = plan_.num_samples = 0;
+  check_invariant(num_in_flight_ == 0, "the step before has not been updated");
+  return put_together();
+}
 
-  schedule_decodes(make_room_for_decodes());
+const StepPlan& Scheduler::schedule_ahead() {
+  check_invariant(num_in_flight_ == 1, "a step is scheduled ahead of the outcome of one other");
+  run_ahead();
+  return put_together();
+}
+
+const StepPlan& Scheduler::put_together() {
+  // A step in flight may have rows of sequences that ended since the last call, when it was
+  // scheduled; what ended before that is in no plan any more.
+  ended_before_.swap(ended_);
+  ended_.clear();
+  if (num_in_flight_ == 0) ended_before_.clear();
+  next_ = (oldest_ + num_in_flight_) % plans_.size();
+  plan().items.clear();
+  plan().copies.clear();
+  plan().admitted.clear();
+  plan().resumed.clear();
+  plan().preempted.clear();
+  plan().num_tokens = plan().num_decodes = plan().num_samples = 0;
+
+  const int spare_blocks = make_room_for_decodes();
+  if (spare_blocks < 0) return plan();
+  schedule_decodes(spare_blocks);
   for (Sequence* seq : prefills_)
     if (!schedule_prefill(*seq)) break;
-  if (plan_.preempted.empty()) admit_waiting();
-  in_flight_ = !plan_.empty();
-  return plan_;
+  if (plan().preempted.empty()) admit_waiting();
+  num_in_flight_ += !plan().empty();
+  return plan();
+}
+
+bool Scheduler::can_run_ahead() const {
+  if (num_in_flight_ != 1) return num_in_flight_ == 0;
+  const auto drafted = [](const Sequence* seq) { return !seq->draft_tokens.empty(); };
+  if (std::any_of(running_.begin(), running_.end(), drafted)) return false;
+  const std::vector<ScheduledSequence>& items = plans_[oldest_].items;
+  return std::all_of(items.begin(), items.end(), [](const ScheduledSequence& item) {
+    const Sequence& seq = *item.seq;
+    if (seq.status != SequenceStatus::running) return true;
+    const SamplingParams& p = seq.request->params;
+    if (!item.is_decode && p.prompt_logprobs >= 0) return false;  // rows that are not samples
+    if (item.num_samples == 0) return true;
+    if (item.num_samples > 1 || seq.forks) return false;
+    if (seq.num_output() + 1 >= seq.max_tokens) return true;  // the token is its last
+    return !needs_known_tokens(p);
+  });
+}
+
+// The step in flight is taken to succeed: its rows are computed, and a placeholder stands for each
+// token that it samples.
+void Scheduler::run_ahead() {
+  if (std::exchange(is_ahead_, true)) return;
+  int sample = 0;
+  for (const ScheduledSequence& item : plans_[oldest_].items) {
+    Sequence& seq = *item.seq;
+    if (seq.status == SequenceStatus::running) {
+      seq.num_computed += item.num_query;
+      if (item.num_samples > 0) seq.tokens.push_back(-1 - sample);
+    }
+    sample += item.num_samples;
+  }
 }
 
 // Sorts the running sequences into decodes_ and prefills_. Returns the blocks that one row for each
@@ -190,6 +247,7 @@ int Scheduler::split_running() {
   shared_blocks_.clear();
   int needed = 0;
   for (Sequence* seq : running_) {
+    if (seq->num_output() >= seq->max_tokens) continue;  // its last token is on the way
     if (seq->num_pending() > 1 || seq->num_output() == 0) {
       prefills_.push_back(seq);
       continue;
@@ -210,11 +268,14 @@ int Scheduler::split_running() {
 }
 
 // Preempts until every remaining decode can have its row; returns the blocks left over after that.
+// If it would have to while a step is in flight, nothing is done and -1 returned: the outcome of
+// that step may give blocks back, and a sequence whose tokens are not all known is never preempted.
 // All of it happens before any block is handed out: a block that is freed here can never be the
 // source of a copy in this step.
 int Scheduler::make_room_for_decodes() {
   int needed = split_running();
   while (needed > blocks_.num_available()) {
+    if (num_in_flight_ > 0) return -1;
     preempt_last();
     needed = split_running();
   }
@@ -233,13 +294,13 @@ void Scheduler::preempt_last() {
   ++seq.preemptions;
   ++preemptions_;
   waiting_.insert(&seq);
-  plan_.preempted.push_back({seq.request->id, seq.choice});
+  plan().preempted.push_back({seq.request->id, seq.choice});
 }
 
 // Drafts are used while rows and spare blocks last; half of the rows are left to prompts, if any.
 void Scheduler::schedule_decodes(int spare_blocks) {
-  plan_.num_decodes = static_cast<int>(decodes_.size());
-  int draft_rows = config_.max_num_batched_tokens - plan_.num_decodes;
+  plan().num_decodes = static_cast<int>(decodes_.size());
+  int draft_rows = config_.max_num_batched_tokens - plan().num_decodes;
   if (!prefills_.empty() || !waiting_.empty()) draft_rows /= 2;
   for (Sequence* seq : decodes_) {
     int drafts = 0;
@@ -254,12 +315,12 @@ void Scheduler::schedule_decodes(int spare_blocks) {
       draft_rows -= drafts;
       seq->draft_tokens.resize(static_cast<size_t>(drafts));
     }
-    const bool grown = blocks_.grow(*seq, seq->num_tokens() + drafts, plan_.copies);
+    const bool grown = blocks_.grow(*seq, seq->num_tokens() + drafts, plan().copies);
     check_invariant(grown, "a decode lacks the blocks that were counted for it");
-    plan_.items.push_back({seq, 1 + drafts, 1 + drafts, drafts, true});
-    plan_.num_tokens += 1 + drafts;
+    plan().items.push_back({seq, 1 + drafts, 1 + drafts, drafts, true});
+    plan().num_tokens += 1 + drafts;
   }
-  plan_.num_samples = plan_.num_tokens;
+  plan().num_samples = plan().num_tokens;
 }
 
 // False if the sequence, and so whatever comes after it, gets no rows in this step.
@@ -269,9 +330,9 @@ bool Scheduler::schedule_prefill(Sequence& seq) {
   const int rows = std::min(pending, rows_left());
   if (rows == 0 || (rows < pending && !may_be_cut(seq))) return false;
   const int samples = rows == pending ? seats_of(seq) : 0;
-  plan_.items.push_back({&seq, rows, samples, 0, false});
-  plan_.num_tokens += rows;
-  plan_.num_samples += samples;
+  plan().items.push_back({&seq, rows, samples, 0, false});
+  plan().num_tokens += rows;
+  plan().num_samples += samples;
   return true;
 }
 
@@ -316,7 +377,7 @@ bool Scheduler::take_blocks(Sequence& seq) {
       first_blocks(seq) - static_cast<int>(seq.block_table.size()) <= blocks_.num_available();
   const bool whole = may_be_cut(seq) || config_.static_batching || seq.num_pending() <= rows_left();
   if (fits && whole) {
-    const bool grown = blocks_.grow(seq, seq.num_tokens(), plan_.copies);
+    const bool grown = blocks_.grow(seq, seq.num_tokens(), plan().copies);
     check_invariant(grown, "an admitted sequence lacks the blocks that were counted for it");
     return true;
   }
@@ -331,7 +392,7 @@ bool Scheduler::take_blocks(Sequence& seq) {
 void Scheduler::start_running(Sequence& seq) {
   const bool first_time = seq.preemptions == 0;
   if (first_time) seq.num_cached = seq.num_computed;
-  (first_time ? plan_.admitted : plan_.resumed).push_back({seq.request->id, seq.choice});
+  (first_time ? plan().admitted : plan().resumed).push_back({seq.request->id, seq.choice});
   RequestState& state = requests_.at(seq.request->id);
   num_admitted_ += !std::exchange(state.admitted, true);
   seq.status = SequenceStatus::running;
@@ -343,17 +404,19 @@ void Scheduler::start_running(Sequence& seq) {
 // -- update() ---------------------------------------------------------------------------------
 
 void Scheduler::update(const int32_t* samples, std::vector<SequenceUpdate>& out) {
-  check_invariant(in_flight_, "update without a step");
-  in_flight_ = false;
+  check_invariant(num_in_flight_ > 0, "update without a step");
+  const StepPlan& done = plans_[oldest_];
+  const bool was_ahead = end_oldest();
   SequenceUpdate update;
-  for (const ScheduledSequence& item : plan_.items) {
+  for (const ScheduledSequence& item : done.items) {
     ++update.item;
     Sequence& seq = *item.seq;
-    if (seq.status == SequenceStatus::running) {  // else it was aborted while the step ran
+    // Else it was aborted while the step ran, or ended by the step before: rows in vain.
+    if (seq.status == SequenceStatus::running) {
       update.request_id = seq.request->id;
       update.choice = seq.choice;
       update.num_cached = seq.num_cached;
-      seq.num_computed += item.num_query - item.num_drafts;
+      if (!was_ahead) seq.num_computed += item.num_query - item.num_drafts;
       if (item.num_samples == 0) {
         blocks_.commit(seq);
       } else if (seq.forks) {
@@ -365,6 +428,12 @@ void Scheduler::update(const int32_t* samples, std::vector<SequenceUpdate>& out)
     update.first_sample += item.num_samples;
   }
   drop_ended();
+}
+
+// The oldest step in flight has come to its end. True if the next one was scheduled ahead of that.
+bool Scheduler::end_oldest() {
+  if (--num_in_flight_ > 0) oldest_ = (oldest_ + 1) % plans_.size();
+  return std::exchange(is_ahead_, false);
 }
 
 // The prompt of n choices is computed: n - 1 sequences split off, which share its blocks.
@@ -406,6 +475,7 @@ void Scheduler::deliver(const int32_t* samples, SequenceUpdate update, Sequence&
                         int num_drafts, std::vector<SequenceUpdate>& out) {
   const int32_t* sampled = samples + update.first_sample;
   for (int i = 0; i <= num_drafts; ++i) {
+    if (seq.tokens.back() < 0) seq.tokens.pop_back();  // the placeholder
     seq.tokens.push_back(sampled[i]);
     ++update.num_new_tokens;
     update.finish_reason = finish_reason_after(seq, sampled[i]);
@@ -439,9 +509,10 @@ FinishReason Scheduler::finish_reason_after(Sequence& seq, int32_t token) const 
 }
 
 void Scheduler::fail(std::vector<SequenceUpdate>& out) {
-  check_invariant(in_flight_, "fail without a step");
-  in_flight_ = false;
-  for (const ScheduledSequence& item : plan_.items) {
+  check_invariant(num_in_flight_ > 0, "fail without a step");
+  const StepPlan& failed = plans_[oldest_];
+  end_oldest();
+  for (const ScheduledSequence& item : failed.items) {
     if (item.seq->status != SequenceStatus::running) continue;
     SequenceUpdate update;
     update.request_id = item.seq->request->id;
@@ -551,7 +622,8 @@ void Scheduler::check_invariants() const {
   for (const Sequence* seq : running_) {
     check_invariant(seq->status == SequenceStatus::running, "a running sequence is not running");
     check_invariant(seq->num_pending() >= 1, "a running sequence has nothing to compute");
-    check_invariant(seq->num_output() < seq->max_tokens, "a running sequence is over its limit");
+    check_invariant(seq->num_output() < seq->max_tokens + is_ahead_,
+                    "a running sequence is over its limit");
     seats += seats_of(*seq);
     holders.push_back(seq);
   }

@@ -36,8 +36,22 @@
 //
 // Preempted, under priority: the same, where `before it` includes requests with a smaller priority
 // number that arrive while it waits. An endless stream of these starves it, as asked.
+//
+// Overlap: a step may be scheduled while the one before it is in flight. schedule_ahead() takes
+// that one to succeed and every sequence in it to go on: placeholders (-1 - index of the sample)
+// stand for its tokens until update() puts the real ones there. A sequence that turns out to have
+// ended has had a row in vain in the step after; update() skips it, and the block of that row,
+// which is not full of known tokens, never enters the prefix cache. Blocks are given back while a
+// launched step still writes to them: whoever gets them writes in a later step. Where tokens must
+// be known first (penalties, bad words of several tokens, drafts, forks, prompt log-probabilities),
+// can_run_ahead() is false and the caller updates before it schedules; where a step would have to
+// preempt, it comes out empty, to the same effect. So the steps are those without overlap, but for
+// rows in vain, and for seats and blocks that come free one step later. In the bounds above, tokens
+// are as many steps apart, each known to the host once the next step has been launched; to the sum,
+// add one step for each sequence o.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <set>
@@ -86,7 +100,8 @@ struct ScheduledSequence {
   bool is_decode = false;
 };
 
-// What a step does and why; valid, like the sequences it points to, until the next schedule().
+// What a step does and why; valid, like the sequences it points to, until the next step is put
+// together after its update() or fail().
 struct StepPlan {
   std::vector<ScheduledSequence> items;  // decodes first
   std::vector<BlockCopy> copies;
@@ -144,13 +159,18 @@ class Scheduler {
 
   // Puts the next step together. Unless it is empty, update() or fail() must follow.
   const StepPlan& schedule();
-  // The step has succeeded: `samples` [plan.num_samples] in the order of the plan's items.
+  // The same while a step is in flight, if can_run_ahead(). Then that step is updated first.
+  const StepPlan& schedule_ahead();
+  bool can_run_ahead() const;
+  // The oldest step in flight has succeeded: `samples` [plan.num_samples] in the order of its
+  // plan's items.
   void update(const int32_t* samples, std::vector<SequenceUpdate>& out);
-  // The step has failed: its sequences end with FinishReason::error; nothing it wrote is reused.
+  // The oldest step in flight has failed: its sequences end with FinishReason::error; nothing it
+  // wrote is reused. The step that was scheduled ahead of its outcome must fail, too.
   void fail(std::vector<SequenceUpdate>& out);
 
   // A choice that has not ended; before its prompt is computed, a request has only choice 0. Null
-  // if there is none. Draft tokens may be set on it between steps.
+  // if there is none. Draft tokens may be set on it while no step is in flight.
   Sequence* find(uint64_t request_id, int choice);
 
   SchedulerStats stats() const;
@@ -173,6 +193,9 @@ class Scheduler {
   };
 
   // schedule()
+  StepPlan& plan() { return plans_[next_]; }
+  const StepPlan& put_together();
+  void run_ahead();
   int make_room_for_decodes();
   int split_running();
   void preempt_last();
@@ -183,6 +206,7 @@ class Scheduler {
   bool take_blocks(Sequence& seq);
   void start_running(Sequence& seq);
   // update()
+  bool end_oldest();
   void fork_choices(const int32_t* samples, SequenceUpdate update, Sequence& leader,
                     std::vector<SequenceUpdate>& out);
   void deliver(const int32_t* samples, SequenceUpdate update, Sequence& seq, int num_drafts,
@@ -195,7 +219,7 @@ class Scheduler {
   void drop_ended();
 
   int seats_of(const Sequence& seq) const { return seq.forks ? seq.request->params.n : 1; }
-  int rows_left() const { return config_.max_num_batched_tokens - plan_.num_tokens; }
+  int rows_left() const { return config_.max_num_batched_tokens - plans_[next_].num_tokens; }
   bool is_blocked(const Sequence& seq) const {
     return &seq == blocked_ && blocked_version_ == blocks_.version();
   }
@@ -205,9 +229,10 @@ class Scheduler {
   SchedulerConfig config_;
   BlockManager& blocks_;
   std::unordered_map<uint64_t, RequestState> requests_;
-  std::vector<Sequence*> running_;                // in policy order
-  std::set<Sequence*, RunsBefore> waiting_;       // new and preempted ones
-  std::vector<std::unique_ptr<Sequence>> ended_;  // of this step, kept for whoever reads the plan
+  std::vector<Sequence*> running_;           // in policy order
+  std::set<Sequence*, RunsBefore> waiting_;  // new and preempted ones
+  // Ended since the last schedule() and since the one before, kept for whoever reads the plans.
+  std::vector<std::unique_ptr<Sequence>> ended_, ended_before_;
   // First of the waiting, for which blocks were lacking: no need to ask again before the block
   // manager's version has changed.
   const Sequence* blocked_ = nullptr;
@@ -216,10 +241,13 @@ class Scheduler {
   int num_admitted_ = 0;  // requests
   uint64_t next_arrival_ = 0;
   uint64_t preemptions_ = 0;
-  bool in_flight_ = false;
   bool any_ended_ = false;  // running_ holds ended sequences
 
-  StepPlan plan_;
+  std::array<StepPlan, 2> plans_;
+  size_t oldest_ = 0;         // of those in flight
+  size_t num_in_flight_ = 0;  // at most 2
+  size_t next_ = 0;           // the plan that schedule() fills
+  bool is_ahead_ = false;     // placeholders stand for the samples of the oldest
   // Reused from step to step.
   std::vector<Sequence*> decodes_, prefills_, forked_;
   std::vector<int32_t> shared_blocks_;

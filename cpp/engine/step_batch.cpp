@@ -3,6 +3,11 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "core/check.h"
 
 namespace ni {
 namespace {
@@ -14,20 +19,35 @@ int32_t token_at(const Sequence& seq, int index) {
                        : seq.draft_tokens[static_cast<size_t>(index - known)];
 }
 
+size_t aligned(size_t bytes) {
+  return (bytes + 63) / 64 * 64;
+}
+
+// Most tiles of query rows that a step can have: each sequence may leave one partly filled.
+size_t max_tiles(size_t max_tokens, size_t max_seqs, const AttnTiling& tiling) {
+  return tiling.kv_chunk > 0 ? max_tokens / static_cast<size_t>(tiling.q_tile) + max_seqs : 0;
+}
+
 }  // namespace
 
-StepBatch::StepBatch(int block_size, int vocab_size, std::vector<int32_t> eos_token_ids)
+StepBatch::StepBatch(int block_size, int vocab_size, std::vector<int32_t> eos_token_ids,
+                     const AttnTiling& tiling, Allocate allocate)
     : block_size_(block_size),
       vocab_size_(vocab_size),
       eos_token_ids_(std::move(eos_token_ids)),
+      tiling_(tiling),
+      allocate_(std::move(allocate)),
       count_index_(static_cast<size_t>(vocab_size)) {}
 
-size_t StepBatch::max_bytes(int max_tokens, int max_seqs, int max_blocks) {
+size_t StepBatch::max_bytes(int max_tokens, int max_seqs, int max_blocks,
+                            const AttnTiling& tiling) {
   const auto t = static_cast<size_t>(max_tokens), s = static_cast<size_t>(max_seqs);
   const size_t tables = s * static_cast<size_t>(max_blocks), rows = t + s;
   const size_t words = 2 * t + 2 * t + (s + 1) + s + tables + rows;  // of four bytes
-  constexpr size_t kArrays = 12;
-  return words * 4 + s * sizeof(BlockCopy) + rows * sizeof(SamplingRow) + kArrays * 64;
+  const size_t items = static_cast<size_t>(tiling.max_items) + max_tiles(t, s, tiling);
+  constexpr size_t kArrays = 14;
+  return aligned(sizeof(StepInputs)) + words * 4 + s * sizeof(BlockCopy) +
+         items * sizeof(AttnItem) + rows * sizeof(SamplingRow) + kArrays * 64;
 }
 
 void StepBatch::reserve(int max_tokens, int max_seqs, int max_blocks) {
@@ -38,13 +58,16 @@ void StepBatch::reserve(int max_tokens, int max_seqs, int max_blocks) {
   context_lens_.reserve(s);
   block_tables_.reserve(s * static_cast<size_t>(max_blocks));
   copies_.reserve(s);
-  for (std::vector<int32_t>* v : {&logits_rows_, &sample_rows_}) v->reserve(t + s);
+  decode_items_.reserve(static_cast<size_t>(tiling_.max_items));
+  for (auto* v : {&logits_rows_, &sample_rows_}) v->reserve(t + s);
+  prefill_items_.reserve(max_tiles(t, s, tiling_));
+  tiles_.reserve(max_tiles(t, s, tiling_));
   sampling_.reserve(t + s);
   rows_.reserve(t + s);
-  block_.resize(max_bytes(max_tokens, max_seqs, max_blocks));
+  block_ = allocate_(max_bytes(max_tokens, max_seqs, max_blocks, tiling_));
 }
 
-void StepBatch::build(const StepPlan& plan) {
+void StepBatch::build(const StepPlan& plan, int padded_rows) {
   token_ids_.clear();
   positions_.clear();
   slot_mapping_.clear();
@@ -56,10 +79,13 @@ void StepBatch::build(const StepPlan& plan) {
   biases_.clear();
   masks_.clear();
   rows_.clear();
+  decode_items_.clear();
+  prefill_items_.clear();
   cu_seqlens_q_.assign(1, 0);
   copies_.assign(plan.copies.begin(), plan.copies.end());
 
   inputs_ = StepInputs{};
+  if (padded_rows > 0) inputs_.max_query_len = inputs_.block_table_stride = 1;
   for (const ScheduledSequence& item : plan.items) {
     const int context = item.seq->num_computed + item.num_query;
     inputs_.max_query_len = std::max(inputs_.max_query_len, item.num_query);
@@ -67,15 +93,25 @@ void StepBatch::build(const StepPlan& plan) {
     inputs_.block_table_stride =
         std::max(inputs_.block_table_stride, static_cast<int>(item.seq->block_table.size()));
   }
-  block_tables_.assign(plan.items.size() * static_cast<size_t>(inputs_.block_table_stride), 0);
+  const size_t num_seqs = std::max(plan.items.size(), static_cast<size_t>(padded_rows));
+  block_tables_.assign(num_seqs * static_cast<size_t>(inputs_.block_table_stride), 0);
   for (int i = 0; i < static_cast<int>(plan.items.size()); ++i) add_item(plan, i);
+  const auto any_row = [this](int num_logprobs) {
+    return std::any_of(sampling_.begin(), sampling_.end(), [num_logprobs](const SamplingRow& row) {
+      return row.num_logprobs >= num_logprobs;
+    });
+  };
+  wants_logprobs_ = any_row(0);
+  wants_top_ = any_row(1);
+  if (padded_rows > 0) add_padding(padded_rows);
+  add_attention_items(plan);
 
   inputs_.num_tokens = static_cast<int32_t>(token_ids_.size());
-  inputs_.num_seqs = static_cast<int32_t>(plan.items.size());
+  inputs_.num_seqs = static_cast<int32_t>(context_lens_.size());
   inputs_.num_logits = static_cast<int32_t>(sampling_.size());
   inputs_.num_copies = static_cast<int32_t>(copies_.size());
-  wants_top_ = std::any_of(sampling_.begin(), sampling_.end(),
-                           [](const SamplingRow& row) { return row.num_logprobs > 0; });
+  inputs_.num_decode_items = static_cast<int32_t>(decode_items_.size());
+  inputs_.num_prefill_items = static_cast<int32_t>(prefill_items_.size());
   pack();
 }
 
@@ -199,37 +235,99 @@ void StepBatch::add_counts(SamplingRow& row, const Sequence& seq, int num_drafts
     count_index_[static_cast<size_t>(counts_[static_cast<size_t>(i)].token)] = 0;
 }
 
-// Lays the arrays one after another (each 64-byte aligned) into the block.
+// Rows of sequences without a context, which nobody reads.
+void StepBatch::add_padding(int rows) {
+  const auto wanted = static_cast<size_t>(rows);
+  check_invariant(token_ids_.size() == context_lens_.size() &&
+                      token_ids_.size() == sampling_.size() && token_ids_.size() <= wanted,
+                  "only decodes of one row each can be padded");
+  SamplingRow row;
+  row.target = 0;  // scored, not drawn
+  while (token_ids_.size() < wanted) {
+    const auto index = static_cast<int32_t>(token_ids_.size());
+    token_ids_.push_back(0);
+    positions_.push_back(0);
+    slot_mapping_.push_back(-1);
+    context_lens_.push_back(0);
+    cu_seqlens_q_.push_back(index + 1);
+    logits_rows_.push_back(index);
+    sampling_.push_back(row);
+  }
+}
+
+// The work lists. Sequences of few query rows are cut along the cache, the others along their
+// query rows; of these, whoever has the longest way to go starts first.
+void StepBatch::add_attention_items(const StepPlan& plan) {
+  if (tiling_.kv_chunk == 0) return;
+  const auto cut_along_cache = [this](const ScheduledSequence& item) {
+    return item.num_query <= tiling_.decode_rows;
+  };
+  auto left = std::count_if(plan.items.begin(), plan.items.end(), cut_along_cache);
+  tiles_.clear();
+  for (int32_t i = 0; i < static_cast<int32_t>(plan.items.size()); ++i) {
+    const ScheduledSequence& item = plan.items[static_cast<size_t>(i)];
+    const int computed = item.seq->num_computed;
+    if (cut_along_cache(item)) {
+      const int chunks = (computed + item.num_query + tiling_.kv_chunk - 1) / tiling_.kv_chunk;
+      --left;  // each of these must find room for one item
+      const auto listed = static_cast<int64_t>(decode_items_.size());
+      if (listed + chunks + left > tiling_.max_items) {
+        decode_items_.push_back({i, -1});
+      } else {
+        for (int32_t c = 0; c < chunks; ++c) decode_items_.push_back({i, c});
+      }
+    } else {
+      for (int32_t t = 0; t * tiling_.q_tile < item.num_query; ++t)
+        tiles_.push_back({computed + std::min((t + 1) * tiling_.q_tile, item.num_query), {i, t}});
+    }
+  }
+  std::sort(tiles_.begin(), tiles_.end(), [](const Tile& a, const Tile& b) {
+    return std::tie(b.context, a.item.seq, a.item.index) <
+           std::tie(a.context, b.item.seq, b.item.index);
+  });
+  for (const Tile& tile : tiles_) prefill_items_.push_back(tile.item);
+}
+
+// Lays the struct and the arrays one after another (each 64-byte aligned) into the block.
 void StepBatch::pack() {
-  bytes_ = 0;
-  const auto reserve = [&](const auto& v) { bytes_ += (v.size() * sizeof(v[0]) + 63) / 64 * 64; };
   const auto each = [&](const auto& visit) {
     visit(token_ids_, inputs_.token_ids);
     visit(positions_, inputs_.positions);
     visit(slot_mapping_, inputs_.slot_mapping);
     visit(cu_seqlens_q_, inputs_.cu_seqlens_q);
     visit(context_lens_, inputs_.context_lens);
-    visit(block_tables_, inputs_.block_tables);
-    visit(copies_, inputs_.copies);
     visit(logits_rows_, inputs_.logits_rows);
     visit(sampling_, inputs_.sampling);
+    visit(block_tables_, inputs_.block_tables);  // from here on, lists of any length
+    visit(copies_, inputs_.copies);
     visit(counts_, inputs_.token_counts);
     visit(biases_, inputs_.token_biases);
     visit(masks_, inputs_.token_masks);
+    if (tiling_.kv_chunk == 0) return;
+    visit(decode_items_, inputs_.decode_items);
+    visit(prefill_items_, inputs_.prefill_items);
   };
-  each([&](const auto& v, const auto*&) { reserve(v); });
-  if (block_.size() < bytes_) block_.resize(2 * bytes_);
-  char* next = block_.data();
+  bytes_ = aligned(sizeof(StepInputs));
+  each([&](const auto& v, const auto*&) { bytes_ += aligned(v.size() * sizeof(v[0])); });
+  if (block_.bytes() < bytes_) block_ = allocate_(2 * bytes_);
+  char* next = block_.data() + aligned(sizeof(StepInputs));
   each([&]<typename T>(const std::vector<T>& v, const T*& pointer) {
     if (!v.empty()) std::memcpy(next, v.data(), v.size() * sizeof(T));
     pointer = reinterpret_cast<const T*>(next);
-    next += (v.size() * sizeof(T) + 63) / 64 * 64;
+    next += aligned(v.size() * sizeof(T));
   });
 }
 
-StepInputs StepBatch::inputs_at(const void* base) const {
+void StepBatch::forbid_writes() {
+  const ptrdiff_t offset =
+      reinterpret_cast<const char*>(inputs_.slot_mapping) - static_cast<const char*>(block_.data());
+  std::fill_n(reinterpret_cast<int64_t*>(block_.data() + offset), inputs_.num_tokens, -1);
+}
+
+StepInputs StepBatch::inputs_at(const void* base, const int32_t* sampled_ids) {
   StepInputs in = inputs_;
   const auto move = [&](auto*& pointer) {
+    if (pointer == nullptr) return;
     using Pointer = std::remove_reference_t<decltype(pointer)>;
     const ptrdiff_t offset = reinterpret_cast<const char*>(pointer) - block_.data();
     pointer = reinterpret_cast<Pointer>(static_cast<const char*>(base) + offset);
@@ -241,11 +339,16 @@ StepInputs StepBatch::inputs_at(const void* base) const {
   move(in.context_lens);
   move(in.block_tables);
   move(in.copies);
+  move(in.decode_items);
+  move(in.prefill_items);
   move(in.logits_rows);
   move(in.sampling);
   move(in.token_counts);
   move(in.token_biases);
   move(in.token_masks);
+  in.sampled_ids = sampled_ids;
+  in.device = static_cast<const StepInputs*>(base);
+  std::memcpy(block_.data(), &in, sizeof(in));
   return in;
 }
 

@@ -4,9 +4,9 @@
 
 namespace ni {
 
-void Trace::push() {
+void Trace::push(StepRecord& record) {
   const std::lock_guard lock(mutex_);
-  std::swap(ring_[next_], scratch_);
+  std::swap(ring_[next_], record);
   next_ = (next_ + 1) % ring_.size();
   if (size_ < ring_.size()) ++size_;
 }

@@ -20,6 +20,9 @@ struct StepRecord {
     int context_len = 0;  // tokens in the cache after it
     int num_samples = 0;
     bool is_decode = false;
+    // Its sequence had ended by the time the step's results came (overlap, see scheduler.h): it got
+    // nothing, and its blocks may have been somebody else's already.
+    bool in_vain = false;
     // Blocks [first_block, …) of its table: all when it was admitted, resumed or forked, else from
     // the first that this step writes to. They are blocks[blocks_begin, blocks_end) of the record.
     int first_block = 0;
@@ -52,9 +55,8 @@ class Trace {
   explicit Trace(size_t capacity) : ring_(capacity) {}
   bool enabled() const { return !ring_.empty(); }
 
-  // The record that the next push() stores; its vectors keep their capacity.
-  StepRecord& scratch() { return scratch_; }
-  void push();
+  // Takes the record and gives an old one in exchange, whose vectors keep their capacity.
+  void push(StepRecord& record);
   // Records with step >= since, oldest first. Holds the lock for one record at a time, so that the
   // engine never waits for a reader.
   std::vector<StepRecord> read(uint64_t since) const;
@@ -62,7 +64,6 @@ class Trace {
  private:
   mutable std::mutex mutex_;
   std::vector<StepRecord> ring_;
-  StepRecord scratch_;
   size_t next_ = 0;
   size_t size_ = 0;
 };

@@ -3,6 +3,11 @@
 #include <cmath>
 
 namespace ni {
+namespace {
+
+constexpr int64_t kRowAlign = 128;  // bytes
+
+}  // namespace
 
 Activations::Activations(const ModelConfig& config, DType dtype, int max_tokens, int max_logits) {
   const int64_t t = max_tokens, hidden = config.hidden_size, inner = config.intermediate_size;
@@ -18,7 +23,9 @@ Activations::Activations(const ModelConfig& config, DType dtype, int max_tokens,
   for (Tensor* x : {&residual, &normed, &delta, &qkv, &attn, &gate_up, &act, &last, &logits}) {
     // Until allocate(), `data` holds the offset.
     x->data = reinterpret_cast<void*>(bytes_);
-    bytes_ += (static_cast<size_t>(x->numel()) * dtype_size(x->dtype) + 63) / 64 * 64;
+    const int64_t in_a_line = kRowAlign / static_cast<int64_t>(dtype_size(x->dtype));
+    x->row_stride = (x->cols() + in_a_line - 1) / in_a_line * in_a_line;
+    bytes_ += static_cast<size_t>(x->rows() * x->row_stride) * dtype_size(x->dtype);
   }
 }
 

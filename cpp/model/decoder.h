@@ -11,6 +11,7 @@
 namespace ni {
 
 // Room for the activations of the largest step; every step uses the first rows of the same memory.
+// Rows start at multiples of 128 bytes, as matrix units want them; what lies between them is zero.
 struct Activations {
   Tensor residual;  // [max_tokens, hidden]
   Tensor normed;    // [max_tokens, hidden]

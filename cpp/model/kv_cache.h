@@ -11,13 +11,16 @@ namespace ni {
 
 class KvCache {
  public:
-  // block_size: a multiple of 16 or a power of two below.
-  KvCache(const ModelConfig& config, DType dtype, int block_size);
+  // block_size: a multiple of 16 or a power of two below. k_tile: the backend's (BackendInfo).
+  KvCache(const ModelConfig& config, DType dtype, int block_size, int k_tile);
 
   // Bytes of one block: K and V of all layers.
   size_t block_bytes() const;
+  // Gives back what it had before, then allocates: addresses may change.
   void allocate(Backend& backend, int num_blocks);
   KvView layer(size_t index) const;
+  // A layer's view without memory.
+  const KvView& view() const { return view_; }
 
  private:
   KvView view_;

@@ -140,6 +140,14 @@ void Weights::load(Backend& backend, const std::string& name, const Tensor& data
   slot.loaded = true;
 }
 
+std::vector<const LinearWeight*> Weights::products() const {
+  std::vector<const LinearWeight*> out;
+  for (const LayerWeights& w : layers)
+    for (const LinearWeight* matrix : {&w.qkv, &w.o, &w.gate_up, &w.down}) out.push_back(matrix);
+  out.push_back(&lm_head);
+  return out;
+}
+
 void Weights::check_complete() const {
   std::string missing;
   int count = 0;

@@ -33,10 +33,14 @@ class Weights {
 
   void allocate(Backend& backend);
   // data: host memory [shape of the slot], f32, bf16 or f16, rows `row_stride` elements apart.
-  // Throws std::invalid_argument naming the slot.
+  // Throws std::invalid_argument naming the slot. From several threads at once for different slots,
+  // where the backend allows it.
   void load(Backend& backend, const std::string& name, const Tensor& data);
   // Throws std::invalid_argument listing the slots that were never loaded.
   void check_complete() const;
+
+  // The matrices that activations are multiplied with (the embedding only where it is the lm_head).
+  std::vector<const LinearWeight*> products() const;
 
   LinearWeight embed, positions, lm_head;  // lm_head shares embed's memory when tied
   std::vector<LayerWeights> layers;

@@ -56,13 +56,13 @@ class EngineConfig:
     """Every field is a keyword of the constructor."""
 
     def __init__(self, **fields: Any) -> None: ...
-    device: str  # "cpu"
+    device: str  # "cpu", "cuda"
     isa: str  # CPU instruction set; "": best
     num_threads: int  # 0: all available
     dtype: str  # weights: "float32", "bfloat16", "float16"
-    kv_cache_dtype: str  # the same three
+    kv_cache_dtype: str  # the same three, or "fp8_e4m3" (CUDA)
     block_size: int
-    num_blocks: int  # required (> 0): see plan_memory
+    num_blocks: int  # 0: finish_loading() decides, by memory_fraction (CUDA)
     paged: bool  # False: one contiguous reservation of max_model_len slots a sequence
     enable_prefix_caching: bool
     enable_chunked_prefill: bool
@@ -76,6 +76,12 @@ class EngineConfig:
     eos_token_ids: list[int]
     trace_capacity: int  # steps kept; 0: no trace
     check_invariants: bool  # after every step (for tests)
+    device_index: int  # CUDA: which card
+    batch_invariant: bool  # CUDA: promise 1 holds
+    graph_sizes: list[int]  # numbers of rows for which decoding is captured; empty: no graphs
+    overlap: bool  # launch a step before the tokens of the one before have arrived
+    memory_fraction: float  # of the card's memory, for everything
+    plan_cache: str  # file of timed plans of matrix products; "": none
 
 class SamplingParams:
     """Every field is a keyword of the constructor; see engine/sampling_params.h for the
@@ -139,7 +145,8 @@ class Engine:
     def weight_slots(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor that must be loaded: name -> shape."""
     def load_weight(self, slot: str, data: npt.NDArray[Any], dtype: str) -> None:
-        """data: C-contiguous or row-strided array of the slot's shape; bf16 as uint16 bits."""
+        """data: C-contiguous or row-strided array of the slot's shape; bf16 as uint16 bits. On CUDA
+        from any number of threads at once."""
     def finish_loading(self) -> None:
         """Throws ValueError listing the slots that are missing."""
     def start(self) -> None:
@@ -180,6 +187,9 @@ class Engine:
         start()."""
     @property
     def config(self) -> EngineConfig: ...
+    @property
+    def num_blocks(self) -> int:
+        """Of the cache; final after finish_loading()."""
     @property
     def device_name(self) -> str: ...
 
@@ -271,11 +281,23 @@ class Cache:
 
 class Ops:
     """Every operator of a backend on numpy arrays. Activations are float32 [rows, features] with
-    contiguous rows; results go into `out`. bf16 and f16 weights come as their bits."""
+    contiguous rows; results go into `out`. bf16 and f16 weights come as their bits. On "cuda"
+    operands are copied to the card, converted to activation_dtype, and back."""
 
-    def __init__(self, device: str = "cpu", isa: str = "", num_threads: int = 0) -> None: ...
+    def __init__(
+        self,
+        device: str = "cpu",
+        isa: str = "",
+        num_threads: int = 0,
+        activation_dtype: str = "",
+    ) -> None:
+        """activation_dtype: on CUDA "bfloat16" (also if empty) or "float16"; weights must be of
+        this type there, caches too or fp8_e4m3."""
     @property
     def name(self) -> str: ...
+    @property
+    def activation_dtype(self) -> str:
+        """In which the device computes: float32 on CPUs."""
     def weight(
         self,
         rows: npt.NDArray[Any],
@@ -290,7 +312,10 @@ class Ops:
         num_kv_heads: int,
         head_dim: int,
         dtype: str = "float32",
-    ) -> Cache: ...
+        k_scale: float = 1.0,
+        v_scale: float = 1.0,
+    ) -> Cache:
+        """dtype also "fp8_e4m3" on CUDA: what is stored times the scale is meant."""
     def embed(
         self,
         token_ids: npt.NDArray[np.int32],
@@ -354,8 +379,10 @@ class Ops:
         out: npt.NDArray[np.float32],
         scale: float,
         window: int = 0,
+        softcap: float = 0.0,
     ) -> None:
-        """Causal; q and out [T, heads * head_dim]; sequence s has rows cu_seqlens_q[s:s + 2]."""
+        """Causal; q and out [T, heads * head_dim]; sequence s has rows cu_seqlens_q[s:s + 2].
+        softcap: CUDA only."""
     def activation(
         self, x: npt.NDArray[np.float32], act: str, gated: bool, out: npt.NDArray[np.float32]
     ) -> None: ...
@@ -375,6 +402,12 @@ class Ops:
         """rows: a dict a row of logits: fields of SamplingRow, "counts" {token: output count},
         "bias" {token: bias}, "mask" [vocab] of bool. Returns token_ids, logprobs, ranks, top_ids,
         top_logprobs."""
+
+def cuda_devices() -> list[str]:
+    """Names of the cards that can be used, by index; empty: cuda_error() says why."""
+
+def cuda_error() -> str:
+    """What is missing to use CUDA; "": nothing."""
 
 def cpu_isas() -> list[str]:
     """Instruction sets that this machine can run, best first."""

@@ -125,14 +125,19 @@ MODEL = click.option(
 SHAPE_OPTIONS = options(
     MODEL,
     click.option("--revision", help="Branch, tag or commit on the hub."),
+    click.option("--device", help="auto, cpu, cuda, or cuda:N for card N.  [auto]"),
     click.option("--dtype", help="Of the weights: auto, float32, bfloat16, float16.  [auto]"),
-    click.option("--kv-cache-dtype", help="Of the KV cache: the same.  [as the weights]"),
+    click.option(
+        "--kv-cache-dtype",
+        help="Of the KV cache: the same, or fp8 (CUDA only).  [as the weights]",
+    ),
     click.option("--max-model-len", type=int, help="Longest prompt plus output, in tokens."),
     click.option(
         "--kv-cache-memory",
         "kv_cache_memory_bytes",
         type=Size(),
-        help="Of the KV cache: bytes, or as 4GB.  [half of what is free]",
+        help="Of the KV cache: bytes, or as 4GB.  [CPU: half of what is free; CUDA: what fits into "
+        "90% of the card]",
     ),
     click.option("--num-threads", type=int, help="CPU threads.  [all]"),
     click.option("--isa", help="CPU instruction set (see info).  [the best]"),
@@ -419,7 +424,7 @@ def info(as_json: bool, **given: Any) -> None:
 
     options = _engine_options(given)
     for name in options:
-        if "model" not in options and name not in ("isa", "num_threads"):
+        if "model" not in options and name not in ("device", "isa", "num_threads"):
             option = "--" + name.replace("_", "-").removesuffix("-bytes")
             raise click.UsageError(f"{option} needs --model")
     args = EngineArgs(**{"model": "none", **options})  # checks them
@@ -444,6 +449,7 @@ def version(as_json: bool) -> None:
 _ENGINE_NAMES = (
     "model",
     "revision",
+    "device",
     "dtype",
     "kv_cache_dtype",
     "max_model_len",

@@ -50,9 +50,10 @@ class LoadedConfig:
 
 
 def load_model(
-    path: Path, *, dtype: str = "auto", max_model_len: int | None = None
+    path: Path, *, dtype: str = "auto", max_model_len: int | None = None, device: str = "cpu"
 ) -> LoadedConfig:
-    """Reads the config in folder `path`. Anything unsupported is a ValueError naming it."""
+    """Reads the config in folder `path`. Anything unsupported is a ValueError naming it. device:
+    cpu or cuda, which has no float32 weights: auto makes bfloat16 of them."""
     path = Path(path)
     hf = read_json(path / "config.json")
     architecture, family = find_family(hf)
@@ -68,7 +69,7 @@ def load_model(
         architecture=architecture,
         hf=hf,
         model_config=_native(fields),
-        dtype=_choose_dtype(dtype, hf, path),
+        dtype=_dtype_on(device, dtype, _choose_dtype(dtype, hf, path)),
         max_model_len=max_model_len or longest,
         generation=_generation_defaults(path, hf),
         weight_map=family.weights(fields),
@@ -111,6 +112,15 @@ def _choose_dtype(asked: str, hf: dict[str, Any], path: Path) -> str:
     if name not in DTYPES:
         raise ValueError(f"config.json: the dtype {name!r} is not supported (dtype= overrides it)")
     return DTYPES[name]
+
+
+def _dtype_on(device: str, asked: str, dtype: str) -> str:
+    if device == "cpu" or dtype != "float32":
+        return dtype
+    if asked != "auto":
+        raise ValueError(f"dtype={asked!r} is not possible on {device}: say bfloat16 or float16")
+    logger.info("dtype: bfloat16 on %s for a checkpoint of float32", device)
+    return "bfloat16"
 
 
 def _generation_defaults(path: Path, hf: dict[str, Any]) -> GenerationDefaults:

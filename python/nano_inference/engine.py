@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ class LoadedEngine:
     def __init__(self, args: EngineArgs) -> None:
         began = time.monotonic()
         self.args = args
+        self.phases: dict[str, float] = {}
+        """Seconds that each part of the start took."""
         path = hub.resolve_model(
             args.model,
             revision=args.revision,
@@ -59,25 +62,12 @@ class LoadedEngine:
             token=args.hf_token,
         )
         self.loaded: LoadedConfig = load_model(
-            path, dtype=args.dtype, max_model_len=args.max_model_len
+            path, dtype=args.dtype, max_model_len=args.max_model_len, device=args.target.kind
         )
         self.tokenizer = None if args.skip_tokenizer_init else _load_tokenizer(args, path)
         self._add_tokenizers_eos()
         self.plan: MemoryPlan
-        config, self.plan = plan_engine(args, self.loaded)
-        then = _log_phase("config and tokenizer", began)
-        self.core = _core.Engine(config, self.loaded.model_config)
-        loader.load_weights(
-            self.core,
-            path,
-            self.loaded,
-            check_nan=args.check_weights,
-            progress=args.use_tqdm_on_load,
-        )
-        then = _log_phase("weights", then)
-        self.core.finish_loading()
-        self.core.start()
-        _log_phase("cache and warm-up", then)
+        self._load(path, began)
         self._pid = os.getpid()
         self.requests: dict[int, RequestState] = {}  # in flight, by the engine's number
         self._ids = itertools.count()
@@ -85,13 +75,42 @@ class LoadedEngine:
         self._log_stats = not args.disable_log_stats
         self._last_log = (time.monotonic(), 0)  # and the tokens generated until then
         logger.info(
-            "%s ready after %.1f s: weights %s, KV cache %s (%d tokens)",
+            "%s ready after %.1f s: weights %s (%.1f GB/s), KV cache %s (%d tokens)",
             args.model,
             time.monotonic() - began,
             gigabytes(self.plan.weights),
+            self._bytes_read / 1e9 / max(self.phases["weights"], 1e-9),
             gigabytes(self.plan.kv_cache),
             self.plan.num_tokens,
         )
+
+    def _load(self, path: Path, began: float) -> None:
+        """Plans memory, loads the weights and starts the engine."""
+        args = self.args
+        on_cuda = args.target.is_cuda
+        config, self.plan = plan_engine(args, self.loaded)
+        then = self._log_phase("config and tokenizer", began)
+        self.core = _core.Engine(config, self.loaded.model_config)
+        self._bytes_read = loader.load_weights(
+            self.core,
+            path,
+            self.loaded,
+            check_nan=args.check_weights,
+            progress=args.use_tqdm_on_load,
+            threads=loader.CUDA_THREADS if on_cuda else 1,
+        )
+        then = self._log_phase("weights", then)
+        self.core.finish_loading()
+        self.core.start()
+        self.plan = replace(self.plan, num_blocks=self.core.num_blocks)
+        rest = "plans, cache, warm-up and graphs" if on_cuda else "cache and warm-up"
+        self._log_phase(rest, then)
+
+    def _log_phase(self, name: str, began: float) -> float:
+        now = time.monotonic()
+        self.phases[name] = now - began
+        logger.info("%s: %.2f s", name, now - began)
+        return now
 
     def _add_tokenizers_eos(self) -> None:
         """As in vLLM the tokenizer's end-of-sequence token counts beside those of the configs."""
@@ -336,12 +355,6 @@ class PreparedRequest:
         self.core_params = core_params
         self.priority = priority
         self.cache_salt = cache_salt
-
-
-def _log_phase(name: str, began: float) -> float:
-    now = time.monotonic()
-    logger.info("%s: %.2f s", name, now - began)
-    return now
 
 
 def _token_ids(ids: Any) -> list[int]:

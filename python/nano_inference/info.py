@@ -14,9 +14,12 @@ def machine_info(isa: str | None, num_threads: int | None) -> dict[str, Any]:
     config = _core.EngineConfig(device="cpu", isa=isa or "", dtype="float32", num_blocks=1)
     memory = _core.Engine.plan_memory(config, _smallest_model())
     isas = _core.cpu_isas()
+    cards = cuda_cards()
     return {
         "version": __version__,
-        "devices": ["cpu"],
+        "devices": ["cpu", *(card["device"] for card in cards)],
+        "cards": cards,
+        "cuda_error": _core.cuda_error(),
         "device": _core.Ops(device="cpu", isa=isa or "", num_threads=num_threads or 0).name,
         "isas": isas,
         "isa": isa or isas[0],
@@ -26,14 +29,29 @@ def machine_info(isa: str | None, num_threads: int | None) -> dict[str, Any]:
     }
 
 
+def cuda_cards() -> list[dict[str, Any]]:
+    """The cards that can be used, and their memory in bytes."""
+    cards = []
+    for index, name in enumerate(_core.cuda_devices()):
+        config = _core.EngineConfig(device="cuda", device_index=index, num_blocks=1)
+        memory = _core.Engine.plan_memory(config, _smallest_model())
+        card = {"device": f"cuda:{index}", "name": name}
+        cards.append(card | {key: memory[key] for key in ("memory_total", "memory_available")})
+    return cards
+
+
 def model_info(args: EngineArgs) -> dict[str, Any]:
     """Shape and memory of a model, from its config alone: no weight is read."""
     path = hub.resolve_model(args.model, revision=args.revision, need_weights=False)
-    loaded = load_model(path, dtype=args.dtype, max_model_len=args.max_model_len)
+    target = args.target
+    loaded = load_model(
+        path, dtype=args.dtype, max_model_len=args.max_model_len, device=target.kind
+    )
     m, config = loaded.model_config, args.engine_config(loaded)
     sizes = _core.Engine.plan_memory(config, m)
     found = {
         "model": args.model,
+        "device": f"cuda:{target.index}" if target.is_cuda else "cpu",
         "architecture": loaded.architecture,
         "parameters": sum(map(math.prod, _core.Engine.weight_slots(m).values())),
         "num_layers": len(m.layers),
@@ -81,11 +99,25 @@ def render(found: dict[str, Any]) -> str:
             f"{gigabytes(machine['memory_available'])} available of "
             f"{gigabytes(machine['memory_total'])}",
         ),
+        *_cuda_rows(machine),
     ]
     if "model" in found:
         rows += _model_rows(found["model"])
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _cuda_rows(machine: dict[str, Any]) -> list[tuple[str, Any]]:
+    if not machine["cards"]:
+        return [("cuda", f"cannot be used: {machine['cuda_error']}")]
+    return [
+        (
+            card["device"],
+            f"{card['name']}, {gigabytes(card['memory_available'])} available of "
+            f"{gigabytes(card['memory_total'])}",
+        )
+        for card in machine["cards"]
+    ]
 
 
 def _model_rows(m: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -95,7 +127,7 @@ def _model_rows(m: dict[str, Any]) -> list[tuple[str, Any]]:
         cache = m["why_not"]
     return [
         ("", ""),
-        ("model", m["model"]),
+        ("model", f"{m['model']} on {m['device']}"),
         ("architecture", m["architecture"]),
         ("parameters", f"{m['parameters']:,}"),
         (
@@ -114,15 +146,16 @@ def _model_rows(m: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _smallest_model() -> _core.ModelConfig:
-    """The memory of a device is only told together with a model's needs."""
+    """The memory of a device is only told together with a model's needs. This one every device can
+    run."""
     return _core.ModelConfig(
-        vocab_size=2,
-        hidden_size=16,
-        intermediate_size=16,
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
         num_heads=1,
         num_kv_heads=1,
-        head_dim=16,
+        head_dim=64,
         max_position_embeddings=16,
-        ropes=[_core.RopeConfig([1.0] * 8)],
+        ropes=[_core.RopeConfig([1.0] * 32)],
         layers=[_core.LayerConfig()],
     )

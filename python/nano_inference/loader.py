@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,11 @@ ITEM_BITS = {
     "C64": 64, "F4": 4,
 }  # fmt: skip
 MAX_HEADER = 100 << 20
+CUDA_THREADS = 8  # to read with; one alone cannot feed a card
 # Buffers that old checkpoints carry and nobody needs.
 IGNORED = re.compile(r"(rotary_emb\.inv_freq|\.attn\.(masked_)?bias)$")
+# Scales of a quantized KV cache, as different tools name them.
+KV_SCALE = re.compile(r"(\.(k|v|kv)_scale|\.(k|v)_proj\.output_scale)$")
 
 
 @dataclass(frozen=True)
@@ -62,27 +66,59 @@ def load_weights(
     *,
     check_nan: bool = False,
     progress: bool = True,
-) -> None:
+    threads: int = 1,
+) -> int:
     """Fills every weight slot of the engine; finish_loading is the caller's. ValueError lists all
-    that is wrong with the checkpoint, before anything is loaded."""
+    that is wrong with the checkpoint, before anything is loaded. Returns the bytes read.
+
+    threads: more than one only where the engine lets several load at once (CUDA); the first error
+    ends the loading."""
     from tqdm.auto import tqdm
 
     checkpoint = _without_prefix(open_checkpoint(Path(path)), loaded.name_prefix)
     check_tensors(checkpoint, loaded.weight_map)
     parts = Counter(source.name for source in loaded.weight_map)
     total = sum(checkpoint[name].nbytes for name in parts)
+
+    def load(source: WeightSource) -> int:
+        tensor = checkpoint[source.name]
+        data = tensor.read()
+        if check_nan and not is_finite(data, tensor.dtype, loaded.dtype):
+            raise ValueError(
+                f"tensor '{source.name}' holds NaN or infinite values (as {loaded.dtype})"
+            )
+        try:
+            engine.load_weight(source.slot, slot_view(data, source), tensor.dtype)
+        except (ValueError, RuntimeError) as error:
+            raise type(error)(f"tensor '{source.name}': {error}") from error
+        return tensor.nbytes // parts[source.name]
+
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress
     ) as bar:
-        for source in loaded.weight_map:
-            tensor = checkpoint[source.name]
-            data = tensor.read()
-            if check_nan and not is_finite(data, tensor.dtype, loaded.dtype):
-                raise ValueError(
-                    f"tensor '{source.name}' holds NaN or infinite values (as {loaded.dtype})"
-                )
-            engine.load_weight(source.slot, slot_view(data, source), tensor.dtype)
-            bar.update(tensor.nbytes // parts[source.name])
+        for nbytes in _each(load, loaded.weight_map, checkpoint, threads):
+            bar.update(nbytes)
+    return total
+
+
+def _each(
+    load: Callable[[WeightSource], int],
+    weight_map: list[WeightSource],
+    checkpoint: Checkpoint,
+    threads: int,
+) -> Iterator[int]:
+    """What `load` returns for each weight, in any order."""
+    if threads == 1:
+        yield from map(load, weight_map)
+        return
+    # Largest first: a large one begun last would keep all others waiting.
+    order = sorted(weight_map, key=lambda source: -checkpoint[source.name].nbytes)
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="load")
+    try:
+        for done in as_completed([pool.submit(load, source) for source in order]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def slot_view(data: Array, source: WeightSource) -> Array:
@@ -119,7 +155,9 @@ def check_tensors(checkpoint: Checkpoint, weight_map: list[WeightSource]) -> Non
     wanted = {source.name: source.shape for source in weight_map}
     known = {*wanted, "lm_head.weight"}  # some store it although it is tied; the embedding is used
     missing = [name for name in wanted if name not in checkpoint]
-    unexpected = [name for name in checkpoint if name not in known and not IGNORED.search(name)]
+    others = [name for name in checkpoint if name not in known and not IGNORED.search(name)]
+    scales = [name for name in others if KV_SCALE.search(name)]
+    unexpected = [name for name in others if not KV_SCALE.search(name)]
     shapes, dtypes = [], []
     for name, shape in wanted.items():
         tensor = checkpoint.get(name)
@@ -134,6 +172,7 @@ def check_tensors(checkpoint: Checkpoint, weight_map: list[WeightSource]) -> Non
         for what, found in (
             ("missing", missing),
             ("unexpected", unexpected),
+            ("scales of an fp8 KV cache, which cannot be taken from a checkpoint yet", scales),
             ("wrongly shaped", shapes),
             ("of a type other than float32, bfloat16, float16", dtypes),
         )

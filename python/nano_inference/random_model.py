@@ -4,6 +4,8 @@ tokenizer of bytes, or any shape straight in an engine. Their text means nothing
 from __future__ import annotations
 
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +147,39 @@ QWEN3_0_6B = {
     "num_kv_heads": 8,
     "head_dim": 128,
 }
+LLAMA_3_2_1B = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_layers": 16,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 64,
+    "rope_theta": 5e5,
+    "qk_norm": False,
+}
+LLAMA_3_1_8B = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_layers": 32,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "rope_theta": 5e5,
+    "qk_norm": False,
+    "tie_embeddings": False,
+}
+QWEN3_14B = {
+    "vocab_size": 151_936,
+    "hidden_size": 5120,
+    "intermediate_size": 17_408,
+    "num_layers": 40,
+    "num_heads": 40,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "tie_embeddings": False,
+}
 
 
 def model_config(
@@ -157,8 +192,10 @@ def model_config(
     num_kv_heads: int,
     head_dim: int,
     rope_theta: float = 1e6,
+    qk_norm: bool = True,
+    tie_embeddings: bool = True,
 ) -> _core.ModelConfig:
-    """A model built as Qwen3 is."""
+    """A model built as Qwen3 is, or, without qk_norm, as Llama 3."""
     from . import _core
 
     inv_freq = [rope_theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
@@ -170,8 +207,8 @@ def model_config(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_position_embeddings=40960,
-        qk_norm=True,
-        tie_embeddings=True,
+        qk_norm=qk_norm,
+        tie_embeddings=tie_embeddings,
         ropes=[_core.RopeConfig(inv_freq)],
         layers=[_core.LayerConfig()] * num_layers,
     )
@@ -184,14 +221,47 @@ def random_engine(model: _core.ModelConfig, **config: Any) -> _core.Engine:
     from . import _core
 
     engine = _core.Engine(_core.EngineConfig(**config), model)
-    rng = np.random.default_rng(1)
-    pool = (rng.standard_normal(1 << 22, dtype=np.float32) * 0.02).view(np.uint32)
-    pool = ((pool + 0x8000) >> 16).astype(np.uint16)  # bf16 bits
-    for name, shape in _core.Engine.weight_slots(model).items():
+    slots = _core.Engine.weight_slots(model)
+    pool = bf16_pool(max(map(math.prod, slots.values())))
+    rng = np.random.default_rng(2)
+    begins = {name: int(rng.integers(len(pool))) for name in slots}
+
+    def load(name: str) -> None:
         if "norm" in name:
-            engine.load_weight(name, np.ones(shape, np.float32), "float32")
-        else:  # start somewhere else for each, so that no two tensors are equal
-            values = np.resize(np.roll(pool, -int(rng.integers(len(pool)))), shape)
-            engine.load_weight(name, values, "bfloat16")
+            engine.load_weight(name, np.ones(slots[name], np.float32), "float32")
+        else:
+            engine.load_weight(name, pool_view(pool, begins[name], slots[name]), "bfloat16")
+
+    threads = 8 if engine.config.device == "cuda" else 1  # a CPU's weights are loaded one by one
+    with ThreadPoolExecutor(threads) as executor:
+        list(executor.map(load, slots))
     engine.finish_loading()
     return engine
+
+
+_POOL = 1 << 25  # 64 MiB of bf16
+
+
+def bf16_pool(largest: int) -> npt.NDArray[np.uint16]:
+    """Values of N(0, 0.02) as bf16 bits, for tensors of up to `largest` elements: twice as many, so
+    that tensors begin at different places, but no more than _POOL."""
+    import numpy as np
+
+    size = min(_POOL, 2 * largest + 1)
+    values = np.random.default_rng(1).standard_normal(size, dtype=np.float32) * np.float32(0.02)
+    return ((values.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+
+
+def pool_view(
+    pool: npt.NDArray[np.uint16], begin: int, shape: tuple[int, ...]
+) -> npt.NDArray[np.uint16]:
+    """A tensor made of the pool, not copied. Rows of one that is larger than the pool overlap: each
+    is the row before, shifted."""
+    import numpy as np
+
+    columns = shape[-1]
+    rows = math.prod(shape[:-1])
+    step = columns if rows * columns <= len(pool) else (len(pool) - columns) // rows
+    begin %= len(pool) - (rows - 1) * step - columns + 1
+    strides = (step * 2, 2)[-len(shape) :]
+    return np.lib.stride_tricks.as_strided(pool[begin:], shape, strides, writeable=False)

@@ -2,12 +2,15 @@
 // collecting of what requests got.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -59,21 +62,26 @@ inline float random_value(uint64_t key, size_t index) {
   return static_cast<float>(2.0 * philox_uniform(key, 0, static_cast<uint32_t>(index)) - 1.0);
 }
 
-// Fills every slot: norms near 1, matrices so that activations stay near 1 at every width.
+// Norms near 1, matrices so that activations stay near 1 at every width.
+inline void load_slot(Engine& engine, const std::pair<std::string, std::vector<int64_t>>& slot,
+                      uint64_t key) {
+  const auto& [name, shape] = slot;
+  const int64_t cols = shape.size() == 2 ? shape[1] : 1;
+  std::vector<float> values(static_cast<size_t>(shape[0] * cols));
+  const bool norm = name.find("norm.weight") != std::string::npos;
+  const float scale =
+      norm ? 0.3f : (shape.size() == 2 ? 2.5f / std::sqrt(static_cast<float>(cols)) : 0.3f);
+  for (size_t i = 0; i < values.size(); ++i)
+    values[i] = (norm ? 1.0f : 0.0f) + scale * random_value(key, i);
+  Tensor data(values.data(), DType::f32, {shape[0]});
+  if (shape.size() == 2) data = Tensor(values.data(), DType::f32, {shape[0], cols});
+  engine.load_weight(name, data);
+}
+
+// Fills every slot.
 inline void load_random(Engine& engine, uint64_t key = 1) {
-  for (const auto& [name, shape] : Weights(engine.model_config(), DType::f32).slots()) {
-    ++key;
-    const int64_t cols = shape.size() == 2 ? shape[1] : 1;
-    std::vector<float> values(static_cast<size_t>(shape[0] * cols));
-    const bool norm = name.find("norm.weight") != std::string::npos;
-    const float scale =
-        norm ? 0.3f : (shape.size() == 2 ? 2.5f / std::sqrt(static_cast<float>(cols)) : 0.3f);
-    for (size_t i = 0; i < values.size(); ++i)
-      values[i] = (norm ? 1.0f : 0.0f) + scale * random_value(key, i);
-    Tensor data(values.data(), DType::f32, {shape[0]});
-    if (shape.size() == 2) data = Tensor(values.data(), DType::f32, {shape[0], cols});
-    engine.load_weight(name, data);
-  }
+  for (const auto& slot : Weights(engine.model_config(), DType::f32).slots())
+    load_slot(engine, slot, ++key);
   engine.finish_loading();
 }
 
@@ -101,7 +109,8 @@ class HookedBackend : public Backend {
   explicit HookedBackend(Before before, After after = nullptr, int num_threads = 1)
       : inner_(cpu_backend(num_threads)), before_(std::move(before)), after_(std::move(after)) {}
 
-  size_t allocated = 0;  // bytes
+  size_t allocated = 0;            // bytes, on host and device
+  std::atomic<bool> lost = false;  // the device
 
   const BackendInfo& info() const override { return inner_->info(); }
   size_t memory_available() const override { return inner_->memory_available(); }
@@ -109,6 +118,11 @@ class HookedBackend : public Backend {
     enter("alloc");
     allocated += bytes;
     return inner_->alloc(bytes);
+  }
+  Buffer alloc_host(size_t bytes) override {
+    enter("alloc");
+    allocated += bytes;
+    return inner_->alloc_host(bytes);
   }
   void upload(const void* host, void* device, size_t bytes) override {
     enter("upload");
@@ -122,7 +136,22 @@ class HookedBackend : public Backend {
     enter("synchronize");
     inner_->synchronize();
   }
-  void run_step(int key, const std::function<void()>& step) override {
+  uint64_t mark() override {
+    enter("mark");
+    return inner_->mark();
+  }
+  void wait(uint64_t mark) override {
+    enter("wait");
+    inner_->wait(mark);
+  }
+  bool healthy() const override { return !lost && inner_->healthy(); }
+  void check_model(DType weights, int32_t num_heads, const KvView& kv) const override {
+    inner_->check_model(weights, num_heads, kv);
+  }
+  void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) override {
+    inner_->prepare(weights, max_rows);
+  }
+  void run_step(GraphKey key, const std::function<void()>& step) override {
     enter("run_step");
     inner_->run_step(key, step);
   }
@@ -188,6 +217,130 @@ class HookedBackend : public Backend {
   std::unique_ptr<Backend> inner_;
   Before before_;
   After after_;
+};
+
+// Captures and replays steps as a device does: the first run of a key is recorded, call by call
+// with its arguments, and later runs repeat the recorded calls, whatever the step would have done.
+// Arrays of rows must then lie where they lay; all else is taken from the StepInputs in `device`
+// memory. Attention wants work lists.
+class GraphBackend : public HookedBackend {
+ public:
+  explicit GraphBackend(int num_threads = 1, Before before = nullptr)
+      : HookedBackend(std::move(before), nullptr, num_threads), info_(HookedBackend::info()) {
+    info_.has_graphs = true;
+    info_.tiling = {.kv_chunk = 16, .q_tile = 8, .decode_rows = 4, .max_items = 300};
+  }
+  int captured = 0, replayed = 0, eager = 0;  // pieces of steps
+  std::set<int> replayed_rows;
+
+  const BackendInfo& info() const override { return info_; }
+  void run_step(GraphKey key, const std::function<void()>& step) override {
+    if (key.rows == 0) {
+      ++eager;
+      HookedBackend::run_step(key, step);
+      return;
+    }
+    std::vector<std::function<void()>>& graph = graphs_[{key.rows, key.part}];
+    if (!graph.empty()) {
+      ++replayed;
+      replayed_rows.insert(key.rows);
+      for (const auto& call : graph) call();
+      return;
+    }
+    ++captured;
+    capturing_ = &graph;
+    HookedBackend::run_step(key, step);
+    capturing_ = nullptr;
+  }
+
+  void embed(const StepInputs& in, const LinearWeight& w, const EmbedArgs& a, Tensor out) override {
+    call(in, [=, this, &w](const StepInputs& step) { HookedBackend::embed(step, w, a, out); });
+  }
+  void norm(Tensor x, const NormWeight& w, const NormArgs& a, Tensor out) override {
+    call([=, this] { HookedBackend::norm(x, w, a, out); });
+  }
+  void add_norm(Tensor x, Tensor residual, const NormWeight& w, const NormArgs& a,
+                Tensor out) override {
+    call([=, this] { HookedBackend::add_norm(x, residual, w, a, out); });
+  }
+  void linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) override {
+    call([=, this, &w] { HookedBackend::linear(x, w, a, out); });
+  }
+  void rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs& a,
+                     const KvView& kv) override {
+    call(in, [=, this](const StepInputs& step) { HookedBackend::rope_kv_write(qkv, step, a, kv); });
+  }
+  // The CPU's attention knows no rows of padding, which come last.
+  void attention(Tensor qkv, const StepInputs& in, const AttnArgs& a, const KvView& kv,
+                 Tensor out) override {
+    call(in, [=, this](const StepInputs& step) {
+      StepInputs real = step;
+      while (real.num_seqs > 0 && real.context_lens[real.num_seqs - 1] == 0) --real.num_seqs;
+      for (int64_t r = real.cu_seqlens_q[real.num_seqs]; r < out.rows(); ++r)
+        std::fill_n(out.as<float>() + r * out.row_stride, out.cols(), 0.0f);
+      check_items(real);
+      HookedBackend::attention(qkv, real, a, kv, out);
+    });
+  }
+  void activation(Tensor x, Activation act, bool gated, Tensor out) override {
+    call([=, this] { HookedBackend::activation(x, act, gated, out); });
+  }
+  void gather_rows(Tensor x, const int32_t* rows, int64_t count, Tensor out) override {
+    call([=, this] { HookedBackend::gather_rows(x, rows, count, out); });
+  }
+  void sample(Tensor logits, const StepInputs& in, int32_t first,
+              const SampleOutputs& out) override {
+    call(in,
+         [=, this](const StepInputs& step) { HookedBackend::sample(logits, step, first, out); });
+  }
+
+ private:
+  // What a launch was given as arguments cannot change.
+  static bool same_rows(const StepInputs& a, const StepInputs& b) {
+    return a.num_tokens == b.num_tokens && a.num_seqs == b.num_seqs &&
+           a.num_logits == b.num_logits && a.num_copies == 0 && b.num_copies == 0 &&
+           a.max_query_len == b.max_query_len && a.token_ids == b.token_ids &&
+           a.sampled_ids == b.sampled_ids && a.positions == b.positions &&
+           a.slot_mapping == b.slot_mapping && a.cu_seqlens_q == b.cu_seqlens_q &&
+           a.context_lens == b.context_lens && a.logits_rows == b.logits_rows &&
+           a.sampling == b.sampling && a.device == b.device;
+  }
+  // Every chunk of every decode, and every tile of the others, is listed once.
+  void check_items(const StepInputs& in) const {
+    int chunks = 0, tiles = 0;
+    for (int s = 0; s < in.num_seqs; ++s) {
+      const int rows = in.cu_seqlens_q[s + 1] - in.cu_seqlens_q[s];
+      if (rows <= info_.tiling.decode_rows)
+        chunks += (in.context_lens[s] + info_.tiling.kv_chunk - 1) / info_.tiling.kv_chunk;
+      else
+        tiles += (rows + info_.tiling.q_tile - 1) / info_.tiling.q_tile;
+    }
+    check_invariant(tiles == in.num_prefill_items, "tiles are missing");
+    check_invariant(chunks == in.num_decode_items || chunks > info_.tiling.max_items - in.num_seqs,
+                    "chunks are missing");
+    for (int i = 1; i < in.num_decode_items; ++i)
+      check_invariant(in.decode_items[i - 1].seq < in.decode_items[i].seq ||
+                          in.decode_items[i - 1].index < in.decode_items[i].index,
+                      "chunks are out of order");
+  }
+  template <typename Fn>
+  void call(const Fn& fn) {
+    if (capturing_ != nullptr) capturing_->push_back(fn);
+    fn();
+  }
+  template <typename Fn>
+  void call(const StepInputs& in, const Fn& fn) {
+    if (capturing_ == nullptr) return fn(in);
+    capturing_->push_back([in, fn] {
+      check_invariant(same_rows(in, *in.device), "a captured step has moved");
+      fn(*in.device);
+    });
+    capturing_->back()();
+  }
+
+  BackendInfo info_;
+  std::map<std::pair<int, int>, std::vector<std::function<void()>>> graphs_;
+  std::vector<std::function<void()>>* capturing_ = nullptr;
 };
 
 // A door that a backend waits at, until it is opened.

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <new>
 #include <random>
+#include <set>
 #include <thread>
 
 #include "engine_helpers.h"
@@ -334,9 +335,49 @@ INSTANTIATE_TEST_SUITE_P(
     Ops, FailingStep,
     ::testing::Combine(::testing::Values("upload", "run_step", "embed", "linear", "rope_kv_write",
                                          "attention", "activation", "gather_rows", "sample",
-                                         "download", "synchronize"),
+                                         "download", "mark", "wait"),
                        ::testing::Values("error", "bad_alloc", "logic_error")),
     [](const auto& info) { return std::get<0>(info.param) + "_" + std::get<1>(info.param); });
+
+// A device that is lost fails more than the step.
+TEST(LostDevice, EndsEverythingAndRefusesNewWork) {
+  for (const bool overlap : {false, true}) {
+    for (const char* op : {"embed", "wait"}) {
+      SCOPED_TRACE(concat(op, overlap ? ", overlap" : ""));
+      HookedBackend* device = nullptr;
+      auto fault = std::make_shared<Fault>();
+      fault->op = op;
+      auto backend = std::make_unique<HookedBackend>([&, fault](std::string_view name) {
+        if (name == fault->op && fault->countdown == 1) device->lost = true;
+        (*fault)(name);
+      });
+      device = backend.get();
+      EngineConfig config = tiny_config();
+      config.overlap = overlap;
+      config.max_num_seqs = 2;
+      const std::unique_ptr<Engine> engine = make_engine(config, std::move(backend));
+      for (uint64_t id = 1; id <= 4; ++id) engine->submit(make_request(id, random_prompt(id, 20)));
+      for (int i = 0; i < 3; ++i) EXPECT_TRUE(engine->step());
+      fault->countdown = 1;
+      EXPECT_TRUE(engine->step());
+      EXPECT_FALSE(engine->step());
+      Results results;
+      take(engine->wait_outputs(0), results);
+      ASSERT_EQ(results.size(), 4u);
+      for (const auto& [key, got] : results) {
+        EXPECT_EQ(got.reason, FinishReason::error);
+        EXPECT_TRUE(contains(got.error, "caught fire")) << got.error;
+        EXPECT_EQ(got.ends, 1);
+      }
+      const EngineStats stats = engine->stats();
+      EXPECT_FALSE(stats.healthy);
+      EXPECT_TRUE(balanced(stats));
+      EXPECT_EQ(stats.failed, 4u);
+      EXPECT_EQ(stats.steps, engine->trace(0).size());
+      EXPECT_THROW(engine->submit(make_request(9, {1})), std::runtime_error);
+    }
+  }
+}
 
 // The lists that requests bring (biases here) may make a step's inputs grow. A failure there must
 // leave the old memory in use.
@@ -485,13 +526,377 @@ TEST(InternalError, SteppedByHandDoesTheSame) {
   EXPECT_FALSE(engine->stats().healthy);
 }
 
+// -- Overlap ----------------------------------------------------------------------------------
+
+// Requests of all kinds, some of which end at tokens that nobody could foresee.
+std::vector<Request> mixed_requests(uint64_t key, bool plain) {
+  std::mt19937_64 random(key);
+  const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint64_t>(n)); };
+  std::vector<Request> out;
+  for (uint64_t id = 1; id <= 40; ++id) {
+    Request r = make_request(id, random_prompt(random() % 6, 1 + below(50)), 1 + below(40));
+    r.params.temperature = below(3) == 0 ? 0.0f : 1.0f;
+    r.params.seed = id;
+    r.params.ignore_eos = below(3) == 0;
+    r.params.min_tokens = below(2) == 0 ? std::min(r.params.max_tokens, below(6)) : 0;
+    r.params.logprobs = below(3) - 1;
+    if (below(3) == 0) r.params.stop_token_ids = {below(131), below(131), below(131)};
+    if (below(4) == 0) r.params.bad_words = {{below(131)}};
+    if (!plain) {
+      r.params.n = below(4) == 0 ? 3 : 1;
+      if (below(6) == 0) r.params.prompt_logprobs = 1;
+      if (below(6) == 0) r.params.presence_penalty = 0.7f;
+      if (below(6) == 0) r.params.bad_words.push_back({below(131), below(131)});
+    }
+    out.push_back(r);
+  }
+  return out;
+}
+
+EngineConfig overlap_config(bool overlap) {
+  EngineConfig config = tiny_config();
+  config.block_size = 4;
+  config.num_blocks = 90;
+  config.max_model_len = 100;
+  config.max_num_seqs = 12;
+  config.max_num_batched_tokens = 40;
+  config.eos_token_ids = {0, 7, 9, 12, 33, 90};
+  config.overlap = overlap;
+  return config;
+}
+
+struct Outcome {
+  Results results;
+  EngineStats stats;
+  int in_vain = 0;
+  int ahead = 0;  // steps that were launched before the one before them was waited for
+};
+
+Outcome run_mixed(bool overlap, const EngineConfig& config, const std::vector<Request>& requests,
+                  const std::function<void(Engine&, int step)>& disturb = nullptr) {
+  Outcome run;
+  int in_flight = 0;
+  const std::unique_ptr<Engine> engine =
+      make_engine(config, std::make_unique<HookedBackend>([&](std::string_view op) {
+                    if (op == "mark") run.ahead += ++in_flight == 2;
+                    if (op == "wait") --in_flight;
+                  }));
+  EXPECT_EQ(config.overlap, overlap);
+  size_t next = 0;
+  run.results = run_all(*engine, [&](int step) {
+    for (int i = 0; i < 2 && next < requests.size(); ++i) engine->submit(requests[next++]);
+    if (disturb) disturb(*engine, step);
+  });
+  run.stats = engine->stats();
+  for (const StepRecord& r : engine->trace(0))
+    for (const StepRecord::Entry& e : r.entries) run.in_vain += e.in_vain;
+  EXPECT_TRUE(run.stats.healthy);
+  EXPECT_TRUE(balanced(run.stats));
+  EXPECT_TRUE(all_blocks_back(run.stats));
+  EXPECT_EQ(run.stats.steps, engine->trace(0).size());
+  return run;
+}
+
+void expect_equal(const Results& a, const Results& b) {
+  ASSERT_EQ(a.size(), b.size());
+  for (const auto& [key, got] : a) {
+    SCOPED_TRACE(concat("request ", key.first, ", choice ", key.second));
+    const Got& other = b.at(key);
+    EXPECT_EQ(got.tokens, other.tokens);
+    EXPECT_TRUE(got.logprobs == other.logprobs);
+    EXPECT_TRUE(got.prompt_logprobs == other.prompt_logprobs);
+    EXPECT_EQ(got.reason, other.reason);
+    EXPECT_EQ(got.stop_token, other.stop_token);
+    EXPECT_EQ(other.ends, 1);
+    EXPECT_EQ(other.error, "");
+  }
+}
+
+TEST(Overlap, GivesTheSameBytes) {
+  for (const bool plain : {true, false}) {
+    for (const bool tight : {false, true}) {
+      for (const bool cached : {true, false}) {
+        SCOPED_TRACE(concat("plain ", plain, ", tight ", tight, ", cached ", cached));
+        EngineConfig config = overlap_config(false);
+        config.enable_prefix_caching = cached;
+        config.num_blocks = tight ? 40 : 400;
+        const std::vector<Request> requests = mixed_requests(plain + 2 * tight, plain);
+        const Outcome expected = run_mixed(false, config, requests);
+        config.overlap = true;
+        const Outcome run = run_mixed(true, config, requests);
+        expect_equal(expected.results, run.results);
+        EXPECT_EQ(expected.ahead, 0);
+        EXPECT_EQ(expected.in_vain, 0);
+        EXPECT_GT(run.ahead, plain ? 50 : 3);
+        EXPECT_GT(run.in_vain, plain ? 5 : -1);
+        EXPECT_EQ(run.stats.generated_tokens, expected.stats.generated_tokens);
+        EXPECT_EQ(run.stats.finished, 40u);
+        if (tight) {
+          EXPECT_GT(run.stats.preemptions, 0u);
+        }
+        if (cached) {
+          EXPECT_GT(run.stats.cached_tokens, 0u);
+        }
+      }
+    }
+  }
+}
+
+TEST(Overlap, GivesTheSameBytesInStaticBatches) {
+  EngineConfig config = overlap_config(false);
+  config.static_batching = true;
+  const std::vector<Request> requests = mixed_requests(8, true);
+  const Outcome expected = run_mixed(false, config, requests);
+  config.overlap = true;
+  const Outcome run = run_mixed(true, config, requests);
+  expect_equal(expected.results, run.results);
+  EXPECT_GT(run.ahead, 50);
+}
+
+// Whatever is aborted at whatever time: the others get their bytes, and every block comes back.
+TEST(Overlap, AbortsInEveryPhase) {
+  const std::vector<Request> requests = mixed_requests(11, false);
+  const Outcome expected = run_mixed(false, overlap_config(false), requests);
+  for (uint64_t key = 1; key <= 8; ++key) {
+    SCOPED_TRACE(key);
+    std::mt19937_64 random(key);
+    std::set<uint64_t> disturbed;
+    const Outcome run =
+        run_mixed(true, overlap_config(true), requests, [&](Engine& engine, int step) {
+          if (step % 2 == 1) return;
+          const uint64_t id = 1 + random() % 40;
+          engine.abort(id, static_cast<int>(random() % 4) - 1, FinishReason::abort);
+          disturbed.insert(id);
+        });
+    for (const auto& [key_, got] : expected.results) {
+      const Got& other = run.results.at(key_);
+      EXPECT_EQ(other.ends, 1);
+      if (other.reason == FinishReason::abort) {
+        EXPECT_TRUE(disturbed.contains(key_.first));
+        ASSERT_LE(other.tokens.size(), got.tokens.size());
+        EXPECT_TRUE(std::equal(other.tokens.begin(), other.tokens.end(), got.tokens.begin()));
+      } else {
+        EXPECT_EQ(other.tokens, got.tokens);
+        EXPECT_EQ(other.reason, got.reason);
+      }
+    }
+    EXPECT_GT(run.stats.aborted, 3u);
+  }
+}
+
+// Blocks are free at the beginning of the turn that finds the abort.
+TEST(Overlap, BlocksOfAnAbortAreFreeAfterTheNextStep) {
+  for (const int when : {0, 1, 2, 5, 9}) {
+    SCOPED_TRACE(when);
+    EngineConfig config = tiny_config();
+    config.max_num_batched_tokens = 64;
+    config.overlap = true;
+    const std::unique_ptr<Engine> engine = make_engine(config);
+    engine->submit(make_request(1, random_prompt(8, 100), 50));
+    for (int i = 0; i < when; ++i) engine->step();
+    engine->abort(1, -1, FinishReason::abort);
+    engine->step();
+    EXPECT_TRUE(all_blocks_back(engine->stats()));
+    Results results;
+    take(engine->wait_outputs(0), results);
+    EXPECT_EQ(results.at({1, 0}).reason, FinishReason::abort);
+    EXPECT_EQ(results.at({1, 0}).ends, 1);
+    EXPECT_FALSE(engine->step());
+    EXPECT_TRUE(balanced(engine->stats()));
+  }
+}
+
+// Prompt log-probabilities of a step in flight are nobody's any more.
+TEST(Overlap, NothingComesAfterTheEnd) {
+  EngineConfig config = tiny_config();
+  config.overlap = true;
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  Request r = make_request(1, random_prompt(8, 60), 50);
+  r.params.prompt_logprobs = 1;
+  engine->submit(r);
+  EXPECT_TRUE(engine->step());
+  engine->abort(1, -1, FinishReason::abort);
+  EXPECT_TRUE(engine->step());
+  const std::vector<Output> outputs = engine->wait_outputs(0);
+  ASSERT_EQ(outputs.size(), 1u);
+  EXPECT_EQ(outputs[0].finish_reason, FinishReason::abort);
+  EXPECT_TRUE(outputs[0].prompt_logprobs.empty());
+  EXPECT_FALSE(engine->step());
+}
+
+// A step that cannot be launched fails alone; one whose results do not come takes the one behind it
+// along.
+TEST(Overlap, FailingStepsFailTheirRequestsOnly) {
+  const std::vector<int32_t> prompt = random_prompt(12, 60);
+  const std::vector<int32_t> expected = argmax_tokens(prompt, 8);
+  for (const char* op : {"upload", "embed", "attention", "sample", "download", "mark", "wait"}) {
+    SCOPED_TRACE(op);
+    auto fault = std::make_shared<Fault>();
+    fault->op = op;
+    EngineConfig config = tiny_config();
+    config.max_num_seqs = 3;
+    config.overlap = true;
+    const std::unique_ptr<Engine> engine = make_engine(
+        config,
+        std::make_unique<HookedBackend>([fault](std::string_view name) { (*fault)(name); }));
+    for (uint64_t id = 1; id <= 3; ++id)
+      engine->submit(make_request(id, random_prompt(id, 30), 20));
+    engine->submit(make_request(4, prompt));
+    for (int i = 0; i < 4; ++i) engine->step();
+    fault->countdown = 1;
+    const Results results = run_all(*engine);
+    ASSERT_EQ(fault->countdown, 0) << "no such call";
+    for (uint64_t id = 1; id <= 3; ++id) {
+      EXPECT_EQ(results.at({id, 0}).reason, FinishReason::error);
+      EXPECT_TRUE(contains(results.at({id, 0}).error, "caught fire"));
+      EXPECT_EQ(results.at({id, 0}).ends, 1);
+    }
+    EXPECT_EQ(results.at({4, 0}).tokens, expected);
+    EXPECT_EQ(engine->stats().failed_steps, std::string(op) == "wait" ? 2u : 1u);
+    EXPECT_EQ(engine->stats().steps, engine->trace(0).size());
+    EXPECT_EQ(engine->stats().failed, 3u);
+    EXPECT_TRUE(engine->stats().healthy);
+    EXPECT_TRUE(balanced(engine->stats()));
+    EXPECT_TRUE(all_blocks_back(engine->stats()));
+    engine->submit(make_request(5, prompt));
+    EXPECT_EQ(run_all(*engine).at({5, 0}).tokens, expected);
+  }
+}
+
+TEST(Overlap, LogitsAndResetWaitForWhatIsInFlight) {
+  EngineConfig config = tiny_config();
+  config.overlap = true;
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  engine->submit(make_request(1, random_prompt(1, 40), 3));
+  engine->step();
+  const std::vector<int32_t> prompt = random_prompt(2, 20);
+  EXPECT_EQ(engine->logits(prompt), make_engine()->logits(prompt));
+  Results results;
+  take(engine->wait_outputs(0), results);
+  EXPECT_EQ(results.at({1, 0}).tokens.size(), 1u);
+  engine->step();
+  engine->abort(1, -1, FinishReason::abort);
+  engine->step();
+  EXPECT_TRUE(engine->reset_prefix_cache());
+  EXPECT_FALSE(engine->step());
+  EXPECT_TRUE(balanced(engine->stats()));
+}
+
+// -- The size of the cache --------------------------------------------------------------------
+
+// A device of a fixed size of which only this engine takes anything.
+class SmallDevice : public HookedBackend {
+ public:
+  explicit SmallDevice(size_t total) : HookedBackend(nullptr), info_(HookedBackend::info()) {
+    info_.memory_total = total;
+  }
+  const BackendInfo& info() const override { return info_; }
+  size_t memory_available() const override {
+    asked_at = allocated;
+    return info_.memory_total - allocated;
+  }
+  mutable size_t asked_at = 0;  // bytes that were allocated
+
+ private:
+  BackendInfo info_;
+};
+
+TEST(CacheSize, FollowsFromTheMemoryThatIsLeft) {
+  EngineConfig config = tiny_config();
+  config.num_blocks = 0;
+  config.memory_fraction = 0.8;
+  const size_t block =
+      ModelRunner::plan_memory(*cpu_backend(), tiny_model(), Engine::runner_config(config))
+          .kv_block;
+  auto backend = std::make_unique<SmallDevice>(6 << 20);
+  const SmallDevice* device = backend.get();
+  auto engine = std::make_unique<Engine>(config, tiny_model(), std::move(backend));
+  EXPECT_THROW(engine->submit(make_request(1, {1})), std::invalid_argument);  // too early
+  EXPECT_EQ(engine->num_blocks(), 0);
+  load_random(*engine);
+  const double budget = 0.8 * (6 << 20) - static_cast<double>(device->asked_at);
+  const int expected = static_cast<int>(budget / static_cast<double>(block));
+  ASSERT_GT(expected, 16);       // 256 tokens
+  ASSERT_LT(expected, 16 * 64);  // nor is it the most that can be of use
+  EXPECT_EQ(engine->num_blocks(), expected);
+  EXPECT_EQ(engine->stats().blocks.num_blocks, expected);
+  EXPECT_EQ(engine->stats().blocks.num_free, expected);
+  engine->submit(make_request(1, random_prompt(3, 37), 12));
+  EXPECT_EQ(run_all(*engine).at({1, 0}).tokens, argmax_tokens(random_prompt(3, 37), 12));
+}
+
+TEST(CacheSize, IsNeverMoreThanIsOfUseNorLessThanOneSequence) {
+  EngineConfig config = tiny_config();
+  config.num_blocks = 0;
+  config.memory_fraction = 0.5;
+  const auto make = [&](size_t total) {
+    auto engine =
+        std::make_unique<Engine>(config, tiny_model(), std::make_unique<SmallDevice>(total));
+    load_random(*engine);
+    return engine;
+  };
+  EXPECT_EQ(make(size_t{1} << 30)->num_blocks(), 16 * 64);
+  config.paged = false;
+  EXPECT_EQ(make(size_t{1} << 30)->num_blocks(), 64);
+  config.paged = true;
+  const std::string message = message_of<std::runtime_error>([&] { make(2 << 20); });
+  EXPECT_TRUE(contains(message, "GB are free")) << message;
+  EXPECT_TRUE(contains(message, "max_model_len (256 tokens)")) << message;
+  EXPECT_TRUE(contains(message, "raise gpu_memory_utilization (0.5)")) << message;
+  config.memory_fraction = 1.5;
+  EXPECT_THROW(make(1 << 30), std::invalid_argument);
+}
+
+TEST(Config, FlowsIntoTheBackendsOptions) {
+  EngineConfig config;
+  config.device_index = 3;
+  config.dtype = DType::f16;
+  config.batch_invariant = false;
+  config.plan_cache = "/tmp/plans";
+  BackendOptions options = Engine::backend_options(config);
+  EXPECT_EQ(options.device_index, 3);
+  EXPECT_EQ(options.activation_dtype, DType::f16);
+  EXPECT_FALSE(options.batch_invariant);
+  EXPECT_EQ(options.plan_cache, "/tmp/plans");
+  EXPECT_FALSE(options.enable_graphs);
+  config.graph_sizes = {1, 2};
+  EXPECT_TRUE(Engine::backend_options(config).enable_graphs);
+  config = tiny_config();
+  config.graph_sizes = {65};
+  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { make_engine(config); }),
+                       "graph_sizes must be in [1, 64]"));
+  config = tiny_config();
+  config.kv_cache_dtype = DType::fp8_e4m3;
+  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] { make_engine(config); }), "fp8"));
+  config = tiny_config();
+  config.max_num_seqs = 256;
+  config.max_num_batched_tokens = 512;
+  class NarrowBackend : public HookedBackend {
+   public:
+    NarrowBackend() : HookedBackend(nullptr), info_(HookedBackend::info()) {
+      info_.tiling = {.kv_chunk = 16, .q_tile = 8, .decode_rows = 4, .max_items = 100};
+    }
+    const BackendInfo& info() const override { return info_; }
+
+   private:
+    BackendInfo info_;
+  };
+  EXPECT_TRUE(contains(message_of<std::invalid_argument>([&] {
+                         const Engine engine(config, tiny_model(),
+                                             std::make_unique<NarrowBackend>());
+                       }),
+                       "it can be at most 100"));
+}
+
 // -- Shutdown ---------------------------------------------------------------------------------
 
 TEST(Shutdown, EndsWaitingAndRunningRequests) {
-  for (const bool threaded : {false, true}) {
-    SCOPED_TRACE(threaded);
+  for (const int kind : {0, 1, 2, 3}) {
+    SCOPED_TRACE(kind);
+    const bool threaded = kind % 2 == 1;
     EngineConfig config = tiny_config();
     config.max_num_seqs = 2;
+    config.overlap = kind / 2 == 1;
     const std::unique_ptr<Engine> engine = make_engine(config);
     if (threaded) engine->start();
     for (uint64_t id = 1; id <= 5; ++id)
@@ -686,9 +1091,11 @@ TEST(Threads, ManySubmitAtOnceAndEachGetsItsOwnTokens) {
 // Random arrivals, aborts and choices over a tiny cache, while another thread looks at the counters
 // all the time. A broken invariant would make the engine unhealthy.
 TEST(Chaos, CountersBalanceAtAllTimes) {
-  for (const SchedulingPolicy policy : {SchedulingPolicy::fcfs, SchedulingPolicy::priority}) {
+  for (const int kind : {0, 1, 2, 3}) {
+    SCOPED_TRACE(kind);
     EngineConfig config = tiny_config();
-    config.policy = policy;
+    config.policy = kind % 2 == 0 ? SchedulingPolicy::fcfs : SchedulingPolicy::priority;
+    config.overlap = kind / 2 == 1;
     config.num_blocks = 40;
     config.block_size = 4;
     config.max_model_len = 80;

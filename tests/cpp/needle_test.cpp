@@ -52,6 +52,8 @@ struct Scenario {
   bool static_batching = false;
   bool paged = true;
   bool chunked = true;
+  bool overlap = false;
+  bool graphs = false;
 };
 
 EngineConfig config_of(const Scenario& s, EngineConfig c) {
@@ -63,6 +65,8 @@ EngineConfig config_of(const Scenario& s, EngineConfig c) {
   c.static_batching = s.static_batching;
   c.paged = s.paged;
   c.enable_chunked_prefill = s.chunked;
+  c.overlap = s.overlap;
+  for (int size = 1; s.graphs && size <= s.max_num_seqs; size *= 2) c.graph_sizes.push_back(size);
   return c;
 }
 
@@ -244,7 +248,17 @@ TEST_P(Needle, SameBytesInEveryCompany) {
       {.name = "block of one", .neighbours = 5, .block_size = 1, .prefix_hit = true},
       {.name = "static", .neighbours = 9, .static_batching = true},
       {.name = "unpaged", .neighbours = 9, .num_blocks = 10, .paged = false},
-      {.name = "whole prompts", .neighbours = 9, .budget = 110, .chunked = false}};
+      {.name = "whole prompts", .neighbours = 9, .budget = 110, .chunked = false},
+      {.name = "overlap", .neighbours = 20, .abort_neighbours = true, .overlap = true},
+      {.name = "overlap with preemption and chunks",
+       .neighbours = 9,
+       .max_num_seqs = 16,
+       .budget = 23,
+       .num_blocks = 44,
+       .block_size = 4,
+       .num_threads = 2,
+       .needles_last = true,
+       .overlap = true}};
   uint64_t key = 0;
   for (const Scenario& s : scenarios) {
     SCOPED_TRACE(s.name);
@@ -264,6 +278,48 @@ TEST_P(Needle, SameBytesInEveryCompany) {
     }
     if (s.prefix_hit) {
       EXPECT_GT(company.results.at({kFirstNeedle, 0}).num_cached, 0);
+    }
+  }
+}
+
+// Steps that are padded, captured and replayed.
+TEST(CapturedNeedle, SameBytesInEveryCompany) {
+  const auto make = [](const Scenario& s) { return make_engine(config_of(s, tiny_config())); };
+  const Results expected = run_alone([&] { return make({.name = "alone"}); });
+  const std::vector<Scenario> scenarios = {
+      {.name = "the needles together"},
+      {.name = "a few", .neighbours = 5, .num_threads = 2},
+      {.name = "many", .neighbours = 60, .budget = 512, .abort_neighbours = true},
+      {.name = "prefix hit",
+       .neighbours = 8,
+       .max_num_seqs = 12,
+       .budget = 17,
+       .block_size = 4,
+       .prefix_hit = true},
+      {.name = "preemption",
+       .neighbours = 9,
+       .max_num_seqs = 16,
+       .budget = 23,
+       .num_blocks = 44,
+       .block_size = 4,
+       .needles_last = true},
+      {.name = "unpaged", .neighbours = 9, .num_blocks = 10, .paged = false}};
+  uint64_t key = 0;
+  for (Scenario s : scenarios) {
+    for (const bool overlap : {false, true}) {
+      SCOPED_TRACE(concat(s.name, overlap ? ", overlap" : ""));
+      s.graphs = true;
+      s.overlap = overlap;
+      auto backend = std::make_unique<GraphBackend>(s.num_threads);
+      const GraphBackend* watched = backend.get();
+      const std::unique_ptr<Engine> engine =
+          make_engine(config_of(s, tiny_config()), std::move(backend));
+      const int captured = watched->captured;
+      EXPECT_EQ(captured, 2 * static_cast<int>(engine->config().graph_sizes.size()));
+      expect_same(expected, run_in_company(*engine, s, ++key).results);
+      EXPECT_EQ(watched->captured, captured);  // all of it before the first step
+      EXPECT_GT(watched->replayed, 30);
+      EXPECT_GE(watched->replayed_rows.size(), 3u);
     }
   }
 }

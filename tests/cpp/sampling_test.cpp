@@ -1,4 +1,5 @@
-// The sampler against an independent reference: sorted double-precision probabilities.
+// The sampler against an independent reference: sorted double-precision probabilities. On every
+// device of this machine.
 #include <map>
 #include <set>
 
@@ -30,11 +31,10 @@ class SamplingTest : public testing::TestWithParam<std::string> {
     Result r{std::vector<int32_t>(size, -7), std::vector<int32_t>(size, -7),
              std::vector<int32_t>(tops, -7), std::vector<float>(size, NAN),
              std::vector<float>(tops, NAN)};
-    std::unique_ptr<CpuBackend>& backend = backends_[threads];
-    if (backend == nullptr) backend = make_cpu(GetParam(), threads);
-    backend->sample(tensor.tensor(), in_, 0,
-                    {r.ids.data(), r.logprobs.data(), r.ranks.data(), r.top_ids.data(),
-                     r.top_logprobs.data(), max_logprobs});
+    shared_device(GetParam(), threads)
+        .sample(tensor.tensor(), in_, 0,
+                {r.ids.data(), r.logprobs.data(), r.ranks.data(), r.top_ids.data(),
+                 r.top_logprobs.data(), max_logprobs});
     EXPECT_TRUE(tensor.intact());
     return r;
   }
@@ -50,16 +50,12 @@ class SamplingTest : public testing::TestWithParam<std::string> {
     return counts;
   }
 
-  std::map<int, std::unique_ptr<CpuBackend>> backends_;  // by number of threads
   StepInputs in_;
   std::vector<TokenCount> counts_;
   std::vector<TokenBias> biases_;
   std::vector<uint32_t> masks_;
 };
-INSTANTIATE_TEST_SUITE_P(Isa, SamplingTest, testing::ValuesIn(isas()),
-                         [](const testing::TestParamInfo<std::string>& info) {
-                           return info.param;
-                         });
+INSTANTIATE_TEST_SUITE_P(Device, SamplingTest, testing::ValuesIn(device_names()), test_name);
 
 SamplingRow greedy() {
   SamplingRow row;

@@ -92,6 +92,7 @@ class FakeModel {
     Tokens samples;
     for (const ScheduledSequence& item : plan.items) read(item, samples);
     EXPECT_EQ(static_cast<int>(samples.size()), plan.num_samples);
+    sampled_ = samples;
     return samples;
   }
   // A step that dies half-way leaves anything in the slots that it wrote.
@@ -121,9 +122,12 @@ class FakeModel {
     const auto p = static_cast<size_t>(position);
     return slots_[static_cast<size_t>(seq.block_table.at(p / size())) * size() + p % size()];
   }
-  static int32_t token(const Sequence& seq, int position) {
+  // A placeholder stands for what the step before has sampled.
+  int32_t token(const Sequence& seq, int position) const {
     const auto p = static_cast<size_t>(position);
-    return p < seq.tokens.size() ? seq.tokens[p] : seq.draft_tokens.at(p - seq.tokens.size());
+    if (p >= seq.tokens.size()) return seq.draft_tokens.at(p - seq.tokens.size());
+    const int32_t t = seq.tokens[p];
+    return t >= 0 ? t : sampled_.at(static_cast<size_t>(-1 - t));
   }
   void write(const ScheduledSequence& item, std::set<int32_t>& written) {
     const Sequence& seq = *item.seq;
@@ -155,6 +159,7 @@ class FakeModel {
 
   const BlockManager& blocks_;
   Tokens slots_;
+  Tokens sampled_;  // by the last step
 };
 
 struct Options {
@@ -213,24 +218,50 @@ class Harness {
   }
   // Its first half: the model has run, or died. Aborts may come in between.
   void begin(bool failing = false) {
-    plan = &scheduler.schedule();
+    plan = steps.empty() ? &scheduler.schedule() : &scheduler.schedule_ahead();
     ++step_index;
     check_plan();
     scheduler.check_invariants();
-    failing_ = failing;
+    if (plan->empty()) return;
+    failing = failing || (!steps.empty() && steps.back().failing);  // it reads what is not there
     if (failing) model.spoil(*plan);
-    samples_ = failing ? Tokens() : model.run(*plan);
+    steps.push_back({plan, failing ? Tokens() : model.run(*plan), failing});
   }
+  // The oldest step in flight comes to its end.
   void end() {
     updates.clear();
-    if (plan->empty()) return;
-    if (failing_) {
+    if (steps.empty()) return;
+    const Step step = std::exchange(steps.front(), {});
+    steps.erase(steps.begin());
+    for (const ScheduledSequence& item : step.plan->items)
+      in_vain += item.seq->status == SequenceStatus::finished;
+    if (step.failing) {
       scheduler.fail(updates);
     } else {
-      scheduler.update(samples_.data(), updates);
+      scheduler.update(step.samples.data(), updates);
     }
-    record(updates, samples_);
+    record(updates, step.samples);
     check_after();
+  }
+  // What an engine does that overlaps steps: the model runs the next one, then the one before is
+  // updated. `visit` sees the updates. False if there was nothing to do.
+  bool turn(bool failing, const std::function<void()>& visit) {
+    bool worked = false;
+    const auto end_one = [&] {
+      const bool failed = steps.front().failing;
+      do {
+        end();
+        visit();
+      } while (failed && !steps.empty());
+      worked = true;
+    };
+    if (!steps.empty() && !scheduler.can_run_ahead()) end_one();
+    const bool was_ahead = !steps.empty();
+    begin(failing);
+    const bool launched = !plan->empty();
+    ahead += was_ahead && launched;
+    while (steps.size() > (launched ? 1u : 0u)) end_one();
+    return worked || launched;
   }
   void abort(uint64_t id, int choice = -1, FinishReason reason = FinishReason::abort) {
     std::vector<SequenceUpdate> out;
@@ -282,6 +313,13 @@ class Harness {
   std::map<uint64_t, std::shared_ptr<Request>> requests;
   std::map<Choice, Tokens> outputs;
   std::map<Choice, SequenceUpdate> ends;
+  struct Step {
+    const StepPlan* plan = nullptr;
+    Tokens samples;
+    bool failing = false;
+  };
+  std::vector<Step> steps;          // in flight
+  uint64_t ahead = 0, in_vain = 0;  // steps scheduled ahead; rows of sequences that had ended
   std::map<Choice, int> last_token_step, largest_gap;
   std::set<Choice> preempted;
   uint64_t received = 0, finished = 0;  // requests
@@ -338,8 +376,6 @@ class Harness {
   }
 
   uint64_t next_id_ = 0;
-  bool failing_ = false;
-  Tokens samples_;
 };
 
 std::string message_of(const std::function<void()>& call) {
@@ -1330,10 +1366,10 @@ TEST(Scheduler, AFailedStepEndsItsSequencesOnly) {
 
 struct ChaosTotals {
   uint64_t preemptions = 0, hits = 0, evictions = 0, copies = 0, accepted = 0, failures = 0,
-           aborts = 0, completed = 0;
+           aborts = 0, completed = 0, ahead = 0, in_vain = 0;
 };
 
-void chaos(uint32_t seed, ChaosTotals& totals) {
+void chaos(uint32_t seed, bool overlap, ChaosTotals& totals) {
   std::mt19937 random(seed);
   const auto pick = [&](int low, int high) {
     return std::uniform_int_distribution<int>(low, high)(random);
@@ -1362,6 +1398,7 @@ void chaos(uint32_t seed, ChaosTotals& totals) {
     r->params.min_tokens = r->params.max_tokens > 3 ? pick(0, 3) : 0;
     if (pick(0, 2) == 0) r->params.stop_token_ids = {pick(0, kVocab - 1), pick(0, kVocab - 1)};
     if (pick(0, 5) == 0) r->params.prompt_logprobs = 1;
+    if (pick(0, 9) == 0) r->params.frequency_penalty = 0.5f;
     if (pick(0, 3) == 0) r->cache_salt = "salt";
     r->priority = pick(-1, 1);
     try {
@@ -1408,6 +1445,26 @@ void chaos(uint32_t seed, ChaosTotals& totals) {
       ++added;
     }
     if (!h.requests.empty() && pick(0, 25) == 0) abort();
+    if (overlap) {
+      const auto look = [&] {
+        for (const SequenceUpdate& u : h.updates) {
+          totals.accepted += static_cast<uint64_t>(std::max(0, u.num_new_tokens - 1));
+          if (u.finish_reason != FinishReason::error) continue;
+          disturbed.insert(u.request_id);
+          ++totals.failures;
+        }
+      };
+      if (pick(0, 9) == 0 && !h.steps.empty()) {
+        h.end();
+        look();
+      }
+      if (drafts && h.steps.empty()) propose();
+      const bool worked = h.turn(pick(0, 60) == 0, look);
+      ASSERT_TRUE(worked || !h.scheduler.has_work()) << "work is left, but nothing runs";
+      ASSERT_LT(h.step_index, 100000);
+      ASSERT_FALSE(::testing::Test::HasFailure());
+      continue;
+    }
     if (drafts) propose();
     const bool failing = pick(0, 60) == 0;
     h.begin(failing);
@@ -1425,6 +1482,7 @@ void chaos(uint32_t seed, ChaosTotals& totals) {
     ASSERT_LT(h.step_index, 100000);
     ASSERT_FALSE(::testing::Test::HasFailure());
   }
+  while (!h.steps.empty()) h.end();  // all of whose sequences were aborted
   for (const auto& [id, r] : h.requests) {
     for (int k = 0; k < r->params.n; ++k) {
       const SequenceUpdate& end = h.ends.at({id, k});
@@ -1444,12 +1502,14 @@ void chaos(uint32_t seed, ChaosTotals& totals) {
   totals.hits += h.blocks.stats().prefix_hits;
   totals.evictions += h.blocks.stats().evictions;
   totals.copies += h.blocks.stats().copies;
+  totals.ahead += h.ahead;
+  totals.in_vain += h.in_vain;
 }
 
 TEST(Scheduler, Chaos) {
   ChaosTotals totals;
   for (uint32_t seed = 0; seed < 400; ++seed) {
-    chaos(seed, totals);
+    chaos(seed, false, totals);
     ASSERT_FALSE(HasFailure()) << "seed " << seed;
   }
   // It was chaos indeed.
@@ -1461,6 +1521,138 @@ TEST(Scheduler, Chaos) {
   EXPECT_GT(totals.failures, 200u);
   EXPECT_GT(totals.aborts, 500u);
   EXPECT_GT(totals.completed, 5000u);
+}
+
+// The same with steps that are scheduled ahead of the outcome of the one before.
+TEST(Scheduler, ChaosWithOverlap) {
+  ChaosTotals totals;
+  for (uint32_t seed = 1000; seed < 1600; ++seed) {
+    chaos(seed, true, totals);
+    ASSERT_FALSE(HasFailure()) << "seed " << seed;
+  }
+  EXPECT_GT(totals.preemptions, 500u);
+  EXPECT_GT(totals.hits, 5000u);
+  EXPECT_GT(totals.evictions, 5000u);
+  EXPECT_GT(totals.copies, 500u);
+  EXPECT_GT(totals.accepted, 500u);
+  EXPECT_GT(totals.failures, 200u);
+  EXPECT_GT(totals.aborts, 500u);
+  EXPECT_GT(totals.completed, 5000u);
+  EXPECT_GT(totals.ahead, 20000u);
+  EXPECT_GT(totals.in_vain, 500u);
+}
+
+// What a step ahead of the other looks like.
+TEST(Scheduler, RunsAheadWithPlaceholders) {
+  Harness h{Options()};
+  auto r = h.request(6, 3);
+  h.add(r);
+  const uint64_t other = h.add(5, 9);
+  h.begin();
+  ASSERT_TRUE(h.scheduler.can_run_ahead());
+  h.begin();
+  EXPECT_EQ(h.rows(), (std::vector<int>{1, 1}));
+  EXPECT_EQ(h.plan->items[0].seq->tokens.back(), -1);
+  EXPECT_EQ(h.plan->items[1].seq->tokens.back(), -2);
+  h.end();
+  EXPECT_EQ(h.outputs[Choice(r->id, 0)].size(), 1u);
+  EXPECT_GE(h.scheduler.find(r->id, 0)->tokens.back(), 0);
+  h.begin();
+  h.end();
+  // The first has three tokens when the step in flight has ended: it has no row in the next one.
+  h.begin();
+  EXPECT_EQ(h.scheduled(), std::vector<Choice>{Choice(other, 0)});
+  h.end();
+  EXPECT_EQ(h.ends.at({r->id, 0}).finish_reason, FinishReason::length);
+  EXPECT_EQ(h.in_vain, 0u);
+  h.end();
+  h.run();
+  h.expect_all_as_alone();
+  h.expect_idle();
+}
+
+TEST(Scheduler, ARowInVainLeavesNothingBehind) {
+  Options o;
+  o.num_blocks = 7;
+  Harness h(o);
+  auto plain = h.request(6, 20);
+  const Tokens truth = expect(*plain, 0, 20).output;
+  plain->params.stop_token_ids = {truth[2]};  // its ninth token: the row in vain fills no block
+  h.add(plain);
+  for (int i = 0; i < 3; ++i) {
+    h.begin();
+    if (h.steps.size() > 1) h.end();
+  }
+  h.begin();  // the row in vain
+  ASSERT_EQ(h.scheduled(), std::vector<Choice>{Choice(plain->id, 0)});
+  h.end();
+  EXPECT_EQ(h.ends.at({plain->id, 0}).finish_reason, FinishReason::stop);
+  EXPECT_EQ(h.blocks.stats().num_used, 0);
+  EXPECT_EQ(h.blocks.stats().num_cached, 2);  // eight tokens were computed, and known
+  // Whoever gets its blocks next writes after it.
+  const uint64_t next = h.add(20, 5);
+  h.begin();
+  h.end();
+  EXPECT_EQ(h.in_vain, 1u);
+  h.end();
+  h.run();
+  h.expect_as_alone(plain->id, 0);
+  h.expect_as_alone(next, 0);
+  h.expect_idle();
+}
+
+TEST(Scheduler, WaitsForTokensThatTheNextStepNeeds) {
+  const auto can_run_ahead = [](const std::function<void(SamplingParams&)>& change, int steps) {
+    Harness h{Options()};
+    auto r = h.request(6, 5);
+    change(r->params);
+    h.add(r);
+    for (int i = 1; i < steps; ++i) h.step();
+    h.begin();
+    const bool can = h.scheduler.can_run_ahead();
+    h.end();
+    h.run();
+    h.expect_idle();
+    return can;
+  };
+  for (const int steps : {1, 2}) {
+    EXPECT_TRUE(can_run_ahead([](SamplingParams&) {}, steps));
+    EXPECT_TRUE(can_run_ahead([](SamplingParams& p) { p.bad_words = {{1}, {2}}; }, steps));
+    EXPECT_TRUE(can_run_ahead([](SamplingParams& p) { p.min_tokens = 3; }, steps));
+    EXPECT_FALSE(can_run_ahead([](SamplingParams& p) { p.bad_words = {{1, 2}}; }, steps));
+    EXPECT_FALSE(can_run_ahead([](SamplingParams& p) { p.repetition_penalty = 1.1f; }, steps));
+    EXPECT_FALSE(can_run_ahead([](SamplingParams& p) { p.presence_penalty = 1.0f; }, steps));
+    EXPECT_FALSE(can_run_ahead([](SamplingParams& p) { p.frequency_penalty = 1.0f; }, steps));
+  }
+  EXPECT_FALSE(can_run_ahead([](SamplingParams& p) { p.n = 2; }, 1));
+  EXPECT_TRUE(can_run_ahead([](SamplingParams& p) { p.n = 2; }, 2));
+  EXPECT_FALSE(can_run_ahead([](SamplingParams& p) { p.prompt_logprobs = 0; }, 1));
+  EXPECT_TRUE(can_run_ahead([](SamplingParams& p) { p.prompt_logprobs = 0; }, 2));
+  // The last token need not be known.
+  EXPECT_TRUE(can_run_ahead([](SamplingParams& p) { p.presence_penalty = 1.0f; }, 5));
+}
+
+TEST(Scheduler, DoesNotPreemptAheadOfAnOutcome) {
+  Options o;
+  o.num_blocks = 4;
+  o.prefix_caching = false;
+  Harness h(o);
+  const uint64_t first = h.add(7, 6), second = h.add(6, 4);
+  h.begin();
+  while (true) {
+    h.begin();
+    if (h.plan->empty()) break;
+    h.end();
+  }
+  EXPECT_TRUE(h.plan->preempted.empty());
+  EXPECT_EQ(h.scheduler.stats().preemptions, 0u);
+  ASSERT_EQ(h.steps.size(), 1u);
+  h.end();
+  h.run();
+  EXPECT_GT(h.scheduler.stats().preemptions, 0u);
+  h.expect_as_alone(first, 0);
+  h.expect_as_alone(second, 0);
+  h.expect_idle();
 }
 
 TEST(Scheduler, StepsOfTheSteadyStateDoNotAllocate) {

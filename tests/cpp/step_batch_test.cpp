@@ -2,9 +2,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <random>
 
 namespace ni {
 namespace {
@@ -63,8 +66,16 @@ Ints allowed_by(const StepInputs& in, int row) {
   return out;
 }
 
-StepBatch make_batch() {
-  return StepBatch(kBlockSize, kVocab, kEos);
+int allocations = 0;
+
+Buffer allocate(size_t bytes) {
+  ++allocations;
+  return {std::aligned_alloc(64, (bytes + 63) / 64 * 64), bytes,
+          [](void* data, size_t) { std::free(data); }};
+}
+
+StepBatch make_batch(const AttnTiling& tiling = {}) {
+  return StepBatch(kBlockSize, kVocab, kEos, tiling, allocate);
 }
 
 TEST(StepBatch, LaysOutADecodeAndAChunk) {
@@ -329,11 +340,23 @@ TEST(StepBatch, IsOneBlockThatCanBeMoved) {
   batch.build(plan);
   std::vector<char> copy(batch.bytes() + 64);
   char* base = copy.data() + (64 - reinterpret_cast<uintptr_t>(copy.data()) % 64) % 64;
+  const int32_t sampled = 5;
+  const StepInputs moved = batch.inputs_at(base, &sampled);
   std::memcpy(base, batch.data(), batch.bytes());
-  const StepInputs moved = batch.inputs_at(base);
   batch.build(StepPlan{});  // what is at `base` is independent of the batch
   EXPECT_EQ(batch.inputs().num_tokens, 0);
   EXPECT_EQ(batch.inputs().num_logits, 0);
+  // The copy begins with the struct.
+  ASSERT_EQ(static_cast<const void*>(moved.device), base);
+  EXPECT_EQ(moved.device->token_ids, moved.token_ids);
+  EXPECT_EQ(moved.device->token_masks, moved.token_masks);
+  EXPECT_EQ(moved.device->num_tokens, 1);
+  EXPECT_EQ(moved.device->max_context_len, 4);
+  EXPECT_EQ(moved.device->block_table_stride, 1);
+  EXPECT_EQ(moved.device->sampled_ids, &sampled);
+  EXPECT_EQ(moved.device->device, moved.device);
+  EXPECT_EQ(moved.decode_items, nullptr);  // nobody asked for lists
+  EXPECT_EQ(moved.prefill_items, nullptr);
   EXPECT_EQ(moved.token_ids[0], 13);
   EXPECT_EQ(moved.positions[0], 3);
   EXPECT_EQ(moved.slot_mapping[0], 31);
@@ -350,6 +373,134 @@ TEST(StepBatch, IsOneBlockThatCanBeMoved) {
         static_cast<const void*>(moved.sampling), static_cast<const void*>(moved.token_masks)})
     EXPECT_EQ((static_cast<const char*>(array) - base) % 64, 0);
   EXPECT_LE(reinterpret_cast<const char*>(moved.token_masks + 3), base + batch.bytes() + 1024);
+}
+
+TEST(StepBatch, PaddingIsHarmlessAndTheRowsStandWhereTheyStood) {
+  SamplingParams heavy;
+  heavy.logit_bias = {{3, 1.0f}};
+  heavy.allowed_token_ids = {1, 2};
+  heavy.frequency_penalty = 1.0f;
+  heavy.logprobs = 2;
+  std::vector<Sequence> seqs;
+  for (int i = 0; i < 3; ++i)
+    seqs.push_back(make_sequence({10, 11, 12, 13, 14, 15, 16, 17, 18}, {20 + i},
+                                 i == 1 ? heavy : SamplingParams(), {7, 5, 3 + i}, 9));
+  StepBatch batch = make_batch({.kv_chunk = 4, .q_tile = 8, .decode_rows = 2, .max_items = 50});
+  batch.reserve(64, 16, 8);
+  const int before = allocations;
+  alignas(64) char base[64];  // an address; nothing is read there
+  std::vector<std::vector<const void*>> places;
+  for (const int count : {3, 2, 1, 0}) {
+    StepPlan plan;
+    for (int i = 0; i < count; ++i)
+      plan.items.push_back({&seqs[static_cast<size_t>(i)], 1, 1, 0, true});
+    batch.build(plan, 4);
+    const StepInputs& in = batch.inputs();
+    EXPECT_EQ(in.num_tokens, 4);
+    EXPECT_EQ(in.num_seqs, 4);
+    EXPECT_EQ(in.num_logits, 4);
+    EXPECT_EQ(in.max_query_len, 1);
+    EXPECT_GE(in.block_table_stride, 1);
+    EXPECT_EQ(values(in.cu_seqlens_q, 5), (Ints{0, 1, 2, 3, 4}));
+    EXPECT_EQ(values(in.logits_rows, 4), (Ints{0, 1, 2, 3}));
+    EXPECT_EQ(batch.rows().size(), static_cast<size_t>(count));
+    EXPECT_EQ(batch.sample_rows().size(), static_cast<size_t>(count));
+    EXPECT_EQ(in.num_decode_items, 3 * count);  // none of them of padding
+    EXPECT_EQ(batch.wants_top(), count > 1);
+    EXPECT_EQ(batch.wants_logprobs(), count > 1);
+    for (int r = 0; r < 4; ++r) {
+      const bool real = r < count;
+      EXPECT_EQ(in.token_ids[r], real ? 20 + r : 0);
+      EXPECT_EQ(in.positions[r], real ? 9 : 0);
+      EXPECT_EQ(in.slot_mapping[r], real ? (3 + r) * kBlockSize + 1 : -1);
+      EXPECT_EQ(in.context_lens[r], real ? 10 : 0);
+      EXPECT_EQ(in.sampling[r].target, real ? -1 : 0);
+      EXPECT_EQ(in.sampling[r].num_logprobs, r == 1 && real ? 2 : -1);
+      EXPECT_EQ(in.sampling[r].mask_row, r == 1 && real ? 0 : -1);
+    }
+    const StepInputs at = batch.inputs_at(base, nullptr);
+    places.push_back({at.token_ids, at.positions, at.slot_mapping, at.cu_seqlens_q, at.context_lens,
+                      at.logits_rows, at.sampling, at.block_tables, at.device});
+  }
+  for (const auto& place : places) EXPECT_EQ(place, places[0]);
+  EXPECT_EQ(allocations, before);
+}
+
+TEST(StepBatch, WritesCanBeForbidden) {
+  Sequence seq = make_sequence({1, 2, 3}, {}, {}, {3}, 0);
+  StepPlan plan;
+  plan.items = {{&seq, 3, 1, 0, false}};
+  StepBatch batch = make_batch();
+  batch.build(plan);
+  batch.forbid_writes();
+  EXPECT_EQ(values(batch.inputs().slot_mapping, 3), (Longs{-1, -1, -1}));
+  EXPECT_EQ(values(batch.inputs().token_ids, 3), (Ints{1, 2, 3}));
+  EXPECT_EQ(values(batch.inputs().cu_seqlens_q, 2), (Ints{0, 3}));
+}
+
+using Items = std::vector<std::pair<int32_t, int32_t>>;
+
+Items items(const AttnItem* list, int count) {
+  Items out;
+  for (int i = 0; i < count; ++i) out.emplace_back(list[i].seq, list[i].index);
+  return out;
+}
+
+TEST(StepBatch, ListsTheWorkOfAttention) {
+  const auto prompt = [](int length) { return Ints(static_cast<size_t>(length), 1); };
+  const Ints table = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
+  // Contexts of 17 and 8; a draft of 3 rows; prompts of 20 rows after 12, 9 rows after 23, and of 4
+  // rows, few enough to be cut along the cache.
+  Sequence a = make_sequence(prompt(16), {5}, {}, table, 16);
+  Sequence b = make_sequence(prompt(7), {5}, {}, table, 7);
+  Sequence c = make_sequence(prompt(5), {5}, {}, table, 5);
+  c.draft_tokens = {6, 7};
+  Sequence d = make_sequence(prompt(32), {}, {}, table, 12);
+  Sequence e = make_sequence(prompt(32), {}, {}, table, 23);
+  Sequence f = make_sequence(prompt(4), {}, {}, table, 0);
+  StepPlan plan;
+  plan.items = {{&a, 1, 1, 0, true},   {&b, 1, 1, 0, true},  {&c, 3, 3, 2, true},
+                {&d, 20, 1, 0, false}, {&e, 9, 1, 0, false}, {&f, 4, 1, 0, false}};
+  const auto build = [&](int max_items) {
+    StepBatch batch =
+        make_batch({.kv_chunk = 8, .q_tile = 8, .decode_rows = 4, .max_items = max_items});
+    batch.build(plan);
+    const StepInputs& in = batch.inputs();
+    // d's tiles end at 20, 28 and 32, those of e at 31 and 32: the earlier of equals comes first.
+    EXPECT_EQ(items(in.prefill_items, in.num_prefill_items),
+              (Items{{3, 2}, {4, 1}, {4, 0}, {3, 1}, {3, 0}}));
+    return items(in.decode_items, in.num_decode_items);
+  };
+  EXPECT_EQ(build(6), (Items{{0, 0}, {0, 1}, {0, 2}, {1, 0}, {2, 0}, {5, 0}}));
+  // One place less: a's three chunks would leave too few for those behind it; the others fit.
+  EXPECT_EQ(build(5), (Items{{0, -1}, {1, 0}, {2, 0}, {5, 0}}));
+  EXPECT_EQ(build(4), (Items{{0, -1}, {1, 0}, {2, 0}, {5, 0}}));
+}
+
+// Random steps: no list is longer than was planned for.
+TEST(StepBatch, MaxBytesHoldsTheLargestStep) {
+  const AttnTiling tiling{.kv_chunk = 4, .q_tile = 8, .decode_rows = 2, .max_items = 24};
+  std::mt19937 random(3);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<Sequence> seqs(6);
+    StepPlan plan;
+    int left = 48;
+    for (Sequence& seq : seqs) {
+      const int rows = 1 + static_cast<int>(random() % static_cast<unsigned>(std::min(left, 32)));
+      left = std::max(left - rows, 1);
+      seq = make_sequence(Ints(32, 1), {}, {}, {1, 2, 3, 4, 5, 6, 7, 8}, 32 - rows);
+      if (plan.num_tokens + rows > 48) break;
+      plan.num_tokens += rows;
+      plan.items.push_back({&seq, rows, 1, 0, false});
+    }
+    StepBatch batch = make_batch(tiling);
+    batch.reserve(48, 6, 8);
+    const int before = allocations;
+    batch.build(plan);
+    EXPECT_EQ(allocations, before);
+    EXPECT_LE(batch.bytes(), StepBatch::max_bytes(48, 6, 8, tiling));
+    EXPECT_LE(batch.inputs().num_decode_items, 24);
+  }
 }
 
 }  // namespace

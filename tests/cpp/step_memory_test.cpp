@@ -71,11 +71,11 @@ namespace {
 // A model runner with its scheduler, stepped without an engine around them.
 class Runner {
  public:
-  Runner(int num_threads, HookedBackend::Before before)
-      : blocks_(block_config()),
+  Runner(std::unique_ptr<Backend> backend, bool overlap)
+      : overlap_(overlap),
+        blocks_(block_config()),
         scheduler_(scheduler_config(), blocks_),
-        runner_(std::make_unique<HookedBackend>(std::move(before), nullptr, num_threads),
-                tiny_model(), Engine::runner_config(config(num_threads))) {
+        runner_(std::move(backend), tiny_model(), Engine::runner_config(config(overlap))) {
     for (const auto& [name, shape] : Weights(tiny_model(), DType::f32).slots()) {
       std::vector<float> values(static_cast<size_t>(shape[0] * (shape.size() == 2 ? shape[1] : 1)));
       for (size_t i = 0; i < values.size(); ++i) values[i] = 0.3f * random_value(1, i);
@@ -88,27 +88,34 @@ class Runner {
 
   void add(Request r) { scheduler_.add(std::make_shared<const Request>(std::move(r))); }
 
-  // One step; returns the allocations of launch and collect.
+  // One step, and with overlap the end of the one before; returns the allocations of launch and
+  // collect, and those of scheduling it ahead.
   int step(const std::function<void(const StepPlan&)>& look = nullptr) {
-    const StepPlan& plan = scheduler_.schedule();
+    allocations = 0;
+    EXPECT_TRUE(scheduler_.can_run_ahead());
+    counting = in_flight_;
+    const StepPlan& plan = in_flight_ ? scheduler_.schedule_ahead() : scheduler_.schedule();
+    counting = false;
     if (plan.empty()) return -1;
     if (look) look(plan);
-    allocations = 0;
     counting = true;
     runner_.launch(plan);
-    const StepResult& result = runner_.collect();
+    const bool first = overlap_ && !std::exchange(in_flight_, true);
+    const StepResult* result = first ? nullptr : &runner_.collect();
     counting = false;
-    scheduler_.update(result.samples.data(), updates_);
+    if (first) return allocations;
+    scheduler_.update(result->samples.data(), updates_);
     updates_.clear();
     return allocations;
   }
 
  private:
-  static EngineConfig config(int num_threads) {
+  static EngineConfig config(bool overlap) {
     EngineConfig c = tiny_config();
-    c.num_threads = num_threads;
     c.block_size = 4;
     c.max_num_seqs = 8;
+    c.overlap = overlap;
+    c.graph_sizes = {4, 8};
     return c;
   }
   static BlockManagerConfig block_config() {
@@ -126,13 +133,15 @@ class Runner {
     return c;
   }
 
+  bool overlap_;
+  bool in_flight_ = false;
   BlockManager blocks_;
   Scheduler scheduler_;
   ModelRunner runner_;
   std::vector<SequenceUpdate> updates_;
 };
 
-Request busy_request(uint64_t id) {
+Request busy_request(uint64_t id, bool penalties = true) {
   // The prompt holds every token that may come: the lists of token counts keep their lengths.
   const std::vector<int32_t> allowed = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10};
   std::vector<int32_t> prompt = random_prompt(id, 20);
@@ -141,7 +150,7 @@ Request busy_request(uint64_t id) {
   r.params.temperature = id % 2 == 0 ? 0.0f : 0.9f;
   r.params.top_k = 40;
   r.params.top_p = 0.9f;
-  r.params.repetition_penalty = 1.1f;
+  if (penalties) r.params.repetition_penalty = 1.1f;
   r.params.logprobs = 5;
   r.params.logit_bias = {{3, 1.0f}};
   r.params.bad_words = {{4}};
@@ -155,7 +164,10 @@ class StepMemory : public ::testing::TestWithParam<int> {};
 // those of the pool.
 TEST_P(StepMemory, NoAllocationInASteadyDecodeStep) {
   int backend_allocations = 0;
-  Runner runner(GetParam(), [&](std::string_view op) { backend_allocations += op == "alloc"; });
+  Runner runner(
+      std::make_unique<HookedBackend>(
+          [&](std::string_view op) { backend_allocations += op == "alloc"; }, nullptr, GetParam()),
+      false);
   for (uint64_t id = 1; id <= 8; ++id) runner.add(busy_request(id));
   for (int i = 0; i < 5; ++i) ASSERT_GE(runner.step(), 0);
   const int before = backend_allocations;
@@ -171,6 +183,27 @@ TEST_P(StepMemory, NoAllocationInASteadyDecodeStep) {
 
 INSTANTIATE_TEST_SUITE_P(Threads, StepMemory, ::testing::Values(1, 3));
 
+// The same for steps that are scheduled ahead, captured and replayed, with work lists.
+TEST(OverlapMemory, NoAllocationInAStepThatOverlapsTheOneBefore) {
+  int backend_allocations = 0;
+  auto backend = std::make_unique<GraphBackend>(
+      1, [&](std::string_view op) { backend_allocations += op == "alloc"; });
+  const GraphBackend* watched = backend.get();
+  Runner runner(std::move(backend), true);
+  for (uint64_t id = 1; id <= 7; ++id) runner.add(busy_request(id, false));
+  for (int i = 0; i < 5; ++i) ASSERT_GE(runner.step(), 0);
+  const int before = backend_allocations, eager = watched->eager;
+  int total = 0;
+  for (int i = 0; i < 90; ++i) {
+    const int count = runner.step([](const StepPlan& plan) { EXPECT_EQ(plan.num_decodes, 7); });
+    ASSERT_GE(count, 0);
+    total += count;
+  }
+  EXPECT_EQ(total, 0);
+  EXPECT_EQ(backend_allocations, before);
+  EXPECT_EQ(watched->eager, eager);
+}
+
 TEST(StepMemoryInverse, TheCounterCounts) {
   allocations = 0;
   counting = true;
@@ -185,6 +218,7 @@ TEST(StepMemoryInverse, TheCounterCounts) {
 TEST(MemoryPlan, IsWhatIsAllocated) {
   for (const DType dtype : {DType::f32, DType::bf16}) {
     EngineConfig config = tiny_config();
+    config.overlap = dtype == DType::bf16;
     config.dtype = config.kv_cache_dtype = dtype;
     const RunnerConfig runner = Engine::runner_config(config);
     auto backend = std::make_unique<HookedBackend>(nullptr);

@@ -135,6 +135,7 @@ class Replay {
   void apply(const StepRecord& r) {
     for (const StepPlan::Event& e : r.preempted) tables_.erase({e.request_id, e.choice});
     for (const StepRecord::Entry& e : r.entries) {
+      if (e.in_vain) continue;
       std::vector<int32_t>& table = tables_[{e.request_id, e.choice}];
       ASSERT_LE(static_cast<size_t>(e.first_block), table.size()) << "a gap in the table";
       table.resize(static_cast<size_t>(e.first_block));
@@ -200,6 +201,66 @@ TEST(Trace, BlockTablesFollowFromTheRecords) {
   EXPECT_GT(hits, 5u);
 }
 
+// With overlap, too: one record a step, in order, whose rows in vain are marked. The tables are
+// those of the step, and the engine may be one step ahead: compared are the blocks that were full.
+TEST(Trace, CanBeReplayedWithOverlap) {
+  EngineConfig config = trace_config();
+  config.num_blocks = 22;
+  config.max_model_len = 60;
+  config.overlap = true;
+  config.eos_token_ids = {0, 7, 9, 12, 33, 90};
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  std::mt19937_64 random(4);
+  Replay replay;
+  uint64_t seen = 0, id = 0;
+  size_t compared = 0, preempted = 0, in_vain = 0;
+  const auto replay_new = [&] {
+    std::vector<StepRecord> records = engine->trace(seen + 1);
+    for (const StepRecord& r : records) {
+      replay.apply(r);
+      EXPECT_EQ(r.step, seen + 1);
+      EXPECT_LE(r.start_time, r.end_time);
+      seen = r.step;
+      preempted += r.preempted.size();
+      for (const StepRecord::Entry& e : r.entries) in_vain += e.in_vain;
+    }
+    return records;
+  };
+  for (int step = 0; step < 400; ++step) {
+    if (step < 350 && random() % 4 == 0) {
+      Request r =
+          make_request(++id, random_prompt(random() % 3, 1 + static_cast<int>(random() % 30)),
+                       1 + static_cast<int>(random() % 25));
+      r.params.n = 1 + static_cast<int>(random() % 8 == 0);
+      r.params.temperature = 1.0f;
+      r.params.ignore_eos = false;
+      r.params.seed = id;
+      engine->submit(r);
+    }
+    if (random() % 16 == 0) engine->abort(1 + random() % (id + 1), -1, FinishReason::abort);
+    engine->step();
+    const std::vector<StepRecord> records = replay_new();
+    if (HasFatalFailure()) return;
+    if (records.empty()) continue;
+    for (const StepRecord::Entry& e : records.back().entries) {
+      const Sequence* seq = engine->scheduler().find(e.request_id, e.choice);
+      if (seq == nullptr || seq->status != SequenceStatus::running || e.in_vain) continue;
+      const auto full = static_cast<ptrdiff_t>(e.context_len / 4);
+      const std::vector<int32_t>& table = replay.tables().at({e.request_id, e.choice});
+      ASSERT_GE(static_cast<ptrdiff_t>(table.size()), full);
+      EXPECT_TRUE(std::equal(table.begin(), table.begin() + full, seq->block_table.begin()));
+      ++compared;
+    }
+  }
+  run_all(*engine);
+  replay_new();
+  EXPECT_TRUE(replay.tables().empty());
+  EXPECT_EQ(seen, engine->stats().steps);
+  EXPECT_GT(compared, 200u);
+  EXPECT_GT(preempted, 3u);
+  EXPECT_GT(in_vain, 5u);
+}
+
 TEST(Trace, IsARingOfBoundedSize) {
   EngineConfig config = trace_config();
   config.trace_capacity = 5;
@@ -250,10 +311,13 @@ std::map<uint64_t, uint64_t> largest_gaps(const std::vector<StepRecord>& records
   return gaps;
 }
 
-TEST(DecodeStall, ARunningSequenceGetsATokenInEveryStepWhateverArrives) {
+class DecodeStall : public ::testing::TestWithParam<bool> {};  // with overlap
+
+TEST_P(DecodeStall, ARunningSequenceGetsATokenInEveryStepWhateverArrives) {
   EngineConfig config = tiny_config();
   config.max_num_seqs = 8;
   config.max_num_batched_tokens = 16;
+  config.overlap = GetParam();
   const std::unique_ptr<Engine> engine = make_engine(config);
   engine->submit(make_request(1, random_prompt(1, 10), 100));
   engine->submit(make_request(2, random_prompt(2, 30), 80));
@@ -272,8 +336,9 @@ TEST(DecodeStall, ARunningSequenceGetsATokenInEveryStepWhateverArrives) {
 }
 
 // The bound of scheduler.h for preempted sequences under fcfs.
-TEST(DecodeStall, WithPreemptionTheDocumentedBoundHolds) {
+TEST_P(DecodeStall, WithPreemptionTheDocumentedBoundHolds) {
   EngineConfig config = tiny_config();
+  config.overlap = GetParam();
   config.block_size = 4;
   config.num_blocks = 40;
   config.max_num_seqs = 4;
@@ -288,7 +353,7 @@ TEST(DecodeStall, WithPreemptionTheDocumentedBoundHolds) {
     const int prompt = 1 + static_cast<int>(random() % 60),
               out = 20 + static_cast<int>(random() % 60);
     before[id] = sum;
-    sum += (prompt + out + rows - 1) / rows + out;
+    sum += (prompt + out + rows - 1) / rows + out + GetParam();
     engine->submit(make_request(id, random_prompt(id, prompt), out));
   }
   run_all(*engine);
@@ -302,6 +367,8 @@ TEST(DecodeStall, WithPreemptionTheDocumentedBoundHolds) {
   EXPECT_GT(largest, 1u);     // somebody did wait
   EXPECT_EQ(gaps.at(1), 1u);  // but never the first
 }
+
+INSTANTIATE_TEST_SUITE_P(Overlap, DecodeStall, ::testing::Bool());
 
 }  // namespace
 }  // namespace ni

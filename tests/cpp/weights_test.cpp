@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
+#include <thread>
 
 #include "engine_helpers.h"
 
@@ -271,6 +273,126 @@ TEST(Weights, BytesAreThoseThatAreAllocated) {
     }
     allocated = bytes;
   }
+}
+
+TEST(Weights, ListsWhatActivationsAreMultipliedWith) {
+  for (const bool tied : {false, true}) {
+    ModelConfig model = tiny_model();
+    model.tie_embeddings = tied;
+    const Loaded loaded(model);
+    const Weights& w = loaded.weights;
+    const std::vector<const LinearWeight*> expected = {
+        &w.layers[0].qkv,     &w.layers[0].o,    &w.layers[0].gate_up,
+        &w.layers[0].down,    &w.layers[1].qkv,  &w.layers[1].o,
+        &w.layers[1].gate_up, &w.layers[1].down, &w.lm_head};
+    EXPECT_EQ(w.products(), expected);
+    for (const LinearWeight* matrix : w.products()) EXPECT_NE(matrix->data, nullptr);
+  }
+}
+
+TEST(Weights, LoadFromSeveralThreadsAtOnce) {
+  const ModelConfig model = tiny_model();
+  const Request request = make_request(1, random_prompt(1, 30), 10);
+  const std::unique_ptr<Engine> one_by_one = make_engine();
+  one_by_one->submit(request);
+  auto engine = std::make_unique<Engine>(tiny_config(), model);
+  const auto slots = Weights(model, DType::f32).slots();
+  std::vector<std::thread> threads;
+  for (size_t t = 0; t < 4; ++t)
+    threads.emplace_back([&, t] {
+      for (size_t i = t; i < slots.size(); i += 4) load_slot(*engine, slots[i], i + 2);
+    });
+  for (std::thread& thread : threads) thread.join();
+  engine->finish_loading();
+  engine->submit(request);
+  EXPECT_EQ(run_all(*engine).at({1, 0}).tokens, run_all(*one_by_one).at({1, 0}).tokens);
+}
+
+// Every row at a multiple of 128 bytes, and no array in another.
+TEST(Activations, RowsAreAligned) {
+  ModelConfig model = tiny_model();
+  model.hidden_size = 42;
+  model.vocab_size = 131;
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Activations acts(model, dtype, 5, 3);
+    const std::unique_ptr<Backend> backend = cpu_backend();
+    acts.allocate(*backend);
+    uintptr_t end = 0;
+    size_t bytes = 0;
+    for (const Tensor& x : {acts.residual, acts.normed, acts.delta, acts.qkv, acts.attn,
+                            acts.gate_up, acts.act, acts.last, acts.logits}) {
+      const size_t row = static_cast<size_t>(x.row_stride) * dtype_size(x.dtype);
+      EXPECT_GE(x.row_stride, x.cols());
+      EXPECT_LT(x.row_stride, x.cols() + 64);
+      EXPECT_EQ(row % 128, 0u);
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(x.data) % 128, 0u);
+      EXPECT_GE(reinterpret_cast<uintptr_t>(x.data), end);
+      end = reinterpret_cast<uintptr_t>(x.data) + row * static_cast<size_t>(x.rows());
+      bytes += row * static_cast<size_t>(x.rows());
+    }
+    EXPECT_EQ(acts.bytes(), bytes);
+    EXPECT_EQ(acts.logits.dtype, DType::f32);
+  }
+}
+
+TEST(KvCache, ViewsFollowTheBackendsLayout) {
+  const ModelConfig model = tiny_model();
+  const std::unique_ptr<Backend> backend = cpu_backend();
+  for (const int tile : {1, 16}) {
+    KvCache cache(model, DType::bf16, 32, tile);
+    EXPECT_EQ(cache.view().k, nullptr);
+    EXPECT_EQ(cache.view().k_tile, tile);
+    EXPECT_EQ(cache.view().num_blocks, 0);
+    EXPECT_EQ(cache.block_bytes(), 2u * 2 * 32 * 2 * 12 * 2);  // layers, K and V, slots, heads, …
+    for (const int blocks : {1, 7}) {  // allocated anew, as when its size has been found
+      cache.allocate(*backend, blocks);
+      const KvView first = cache.layer(0), second = cache.layer(1);
+      EXPECT_EQ(first.num_blocks, blocks);
+      EXPECT_EQ(first.tile(), tile);
+      EXPECT_EQ(first.block_stride, 2 * 2 * 32 * 2 * 12);
+      const auto at = [](const void* p) { return static_cast<const char*>(p); };
+      EXPECT_EQ(at(first.v) - at(first.k), 32 * 2 * 12 * 2);
+      EXPECT_EQ(at(second.k) - at(first.v), 32 * 2 * 12 * 2);
+    }
+  }
+}
+
+// What a backend is asked, and when.
+TEST(Loading, ABackendIsAskedFirstAndPreparedLast) {
+  class Asked : public HookedBackend {
+   public:
+    explicit Asked(std::vector<std::string>& log)
+        : HookedBackend([&log](std::string_view op) { log.emplace_back(op); }), log_(log) {}
+    void check_model(DType weights, int32_t num_heads, const KvView& kv) const override {
+      log_.emplace_back("check_model");
+      EXPECT_EQ(weights, DType::bf16);
+      EXPECT_EQ(num_heads, 4);
+      EXPECT_EQ(kv.num_kv_heads, 2);
+      EXPECT_EQ(kv.dtype, DType::f16);
+    }
+    void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) override {
+      log_.emplace_back("prepare");
+      EXPECT_EQ(weights.size(), 9u);
+      EXPECT_EQ(max_rows, 256);
+    }
+
+   private:
+    std::vector<std::string>& log_;
+  };
+  std::vector<std::string> log;
+  EngineConfig config = tiny_config();
+  config.dtype = DType::bf16;
+  config.kv_cache_dtype = DType::f16;
+  config.num_blocks = 0;
+  config.memory_fraction = 0.9;
+  auto engine = std::make_unique<Engine>(config, tiny_model(), std::make_unique<Asked>(log));
+  EXPECT_EQ(log.at(0), "check_model");
+  EXPECT_EQ(log.at(1), "alloc");
+  load_random(*engine);
+  const auto first = [&](const char* op) { return std::find(log.begin(), log.end(), op); };
+  ASSERT_NE(first("prepare"), log.end());
+  ASSERT_NE(first("attention"), log.end());  // the step that comes before the cache is sized
+  EXPECT_LT(first("prepare"), first("embed"));
 }
 
 TEST(ModelConfig, ImpossibleValuesAreNamed) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from nano_inference import _core
 
 VOCAB = 131
+DEVICES = ["cpu", *(["cuda"] if _core.cuda_devices() else [])]
 
 
 def tiny_model(**changes: Any) -> _core.ModelConfig:
@@ -32,32 +34,59 @@ def tiny_model(**changes: Any) -> _core.ModelConfig:
     return _core.ModelConfig(**{**fields, **changes})
 
 
+def cuda_model(**changes: Any) -> _core.ModelConfig:
+    """The same for a card, which has kernels for few head sizes."""
+    fields: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "head_dim": 64,
+        "ropes": [_core.RopeConfig([10000.0 ** (-i / 32) for i in range(32)])],
+    }
+    return tiny_model(**{**fields, **changes})
+
+
 def random_weights(model: _core.ModelConfig, seed: int = 1) -> dict[str, np.ndarray]:
-    """float32 values that keep activations near 1."""
+    """float32 values that keep activations near 1; read-only."""
+    return _random_weights(tuple(_core.Engine.weight_slots(model).items()), seed)
+
+
+@lru_cache(maxsize=4)
+def _random_weights(
+    slots: tuple[tuple[str, tuple[int, ...]], ...], seed: int
+) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
     weights = {}
-    for slot, shape in _core.Engine.weight_slots(model).items():
+    for slot, shape in slots:
         scale = 1.5 / np.sqrt(shape[1]) if len(shape) == 2 else 0.2
         shift = 1.0 if slot.endswith("norm.weight") else 0.0
         weights[slot] = (shift + scale * random.standard_normal(shape)).astype(np.float32)
+        weights[slot].flags.writeable = False
     return weights
 
 
-def make_engine(model: _core.ModelConfig | None = None, **config: Any) -> _core.Engine:
-    model = model or tiny_model()
-    defaults: dict[str, Any] = {
-        "num_threads": 1,
-        "dtype": "float32",
-        "kv_cache_dtype": "float32",
-        "num_blocks": 512,
-        "max_model_len": 256,
-        "max_num_seqs": 64,
-        "max_num_batched_tokens": 256,
-        "max_logprobs": 8,
-        "trace_capacity": 4096,
-        "check_invariants": True,
-    }
-    engine = _core.Engine(_core.EngineConfig(**{**defaults, **config}), model)
+DEFAULTS: dict[str, Any] = {
+    "num_blocks": 512,
+    "max_model_len": 256,
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 256,
+    "max_logprobs": 8,
+    "trace_capacity": 4096,
+    "check_invariants": True,
+}
+ON_CPU = {"num_threads": 1, "dtype": "float32", "kv_cache_dtype": "float32"}
+ON_CUDA = {
+    "dtype": "bfloat16",
+    "kv_cache_dtype": "bfloat16",
+    "graph_sizes": [1, 2, 4, 8, 16, 32, 64],
+}
+
+
+def make_engine(
+    model: _core.ModelConfig | None = None, device: str = "cpu", **config: Any
+) -> _core.Engine:
+    model = model or (tiny_model() if device == "cpu" else cuda_model())
+    fields = {"device": device, **DEFAULTS, **(ON_CPU if device == "cpu" else ON_CUDA), **config}
+    engine = _core.Engine(_core.EngineConfig(**fields), model)
     for slot, values in random_weights(model).items():
         engine.load_weight(slot, values, "float32")
     engine.finish_loading()

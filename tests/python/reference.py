@@ -1,13 +1,17 @@
 """What the kernels must compute, in float64 numpy and written as the mathematics reads: the other
-side of test_ops.py and test_sampling.py. Nothing here knows of tiles, panels, blocks or threads."""
+side of test_ops.py and test_sampling.py. Nothing here knows of tiles, panels, blocks or threads.
+And the devices that both run on, with what each can take."""
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from nano_inference import _core
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
@@ -40,15 +44,69 @@ def from_bits(bits: Array, dtype: str) -> npt.NDArray[np.float32]:
 
 
 def rounded(x: Array, dtype: str) -> npt.NDArray[np.float32]:
-    return from_bits(to_bits(x, dtype), dtype)
+    if dtype != "fp8_e4m3":
+        return from_bits(to_bits(x, dtype), dtype)
+    size = np.minimum(np.abs(x.astype(np.float64)), 1e30)  # infinities saturate as well
+    step = 2.0 ** (np.maximum(np.frexp(size)[1] - 1, -6) - 3)
+    return np.copysign(np.minimum(np.round(size / step) * step, 448), x).astype(np.float32)
+
+
+def ulp(x: Array, dtype: str) -> Doubles:
+    """Distance between neighbouring 16-bit or 8-bit numbers around x; 0 for float32, whose rounding
+    the bounds of arithmetic include."""
+    if dtype == "float32":
+        return np.zeros(x.shape)
+    bits, lowest = {"bfloat16": (7, -126), "float16": (10, -14), "fp8_e4m3": (3, -6)}[dtype]
+    return 2.0 ** (np.maximum(np.frexp(x.astype(np.float64))[1] - 1, lowest) - bits)
 
 
 def half_ulp(x: Array, dtype: str) -> Doubles:
     """Largest rounding error of a value near x."""
     size = np.abs(x.astype(np.float64))
+    if dtype == "fp8_e4m3":
+        return size * 2.0**-4 + 2.0**-10
     if dtype == "float16":
         return size * 2.0**-11 + 2.0**-25
     return size * (2.0**-8 if dtype == "bfloat16" else 2.0**-24)
+
+
+# -- Devices --------------------------------------------------------------------------------------
+
+ISAS = _core.cpu_isas()
+CUDA = ("cuda_bf16", "cuda_f16") if _core.cuda_devices() else ()
+# The instruction sets; the copies that a card needs, over a CPU; a card with both activation types.
+DEVICES = (*ISAS, "staged_cpu", *CUDA)
+
+
+@functools.cache
+def ops_for(device: str, threads: int = 2) -> _core.Ops:
+    if device in CUDA:
+        return _core.Ops("cuda", activation_dtype=activation_dtype(device))
+    if device == "staged_cpu":
+        return _core.Ops("staged_cpu", "portable", threads)
+    return _core.Ops(isa=device, num_threads=threads)
+
+
+def activation_dtype(device: str) -> str:
+    return {"cuda_bf16": "bfloat16", "cuda_f16": "float16"}.get(device, "float32")
+
+
+def weight_dtypes(device: str) -> tuple[str, ...]:
+    return (activation_dtype(device),) if device in CUDA else DTYPES
+
+
+def cache_dtypes(device: str) -> tuple[str, ...]:
+    return (activation_dtype(device), "fp8_e4m3") if device in CUDA else DTYPES
+
+
+def cache_dtype(device: str, dtype: str) -> str:
+    """The one that is asked for or, on a card, that of the activations."""
+    return activation_dtype(device) if device in CUDA else dtype
+
+
+def supported(device: str, *, head_dim: int = 64, block_size: int = 16) -> bool:
+    """A card's kernels know four sizes of heads, and blocks of a multiple of 16 tokens."""
+    return device not in CUDA or (head_dim in (64, 96, 128, 256) and block_size % 16 == 0)
 
 
 # -- Operators ------------------------------------------------------------------------------------
@@ -95,21 +153,31 @@ def rotate(x: Array, cos: Array, sin: Array) -> tuple[Doubles, Doubles]:
 
 
 def attention(
-    q: Array, k: Array, v: Array, first_position: int, scale: float, window: int = 0
+    q: Array,
+    k: Array,
+    v: Array,
+    first_position: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    narrow: float = 0.0,
 ) -> tuple[Doubles, Doubles]:
     """One sequence: q [rows, heads, d] from first_position on, k and v [context, kv_heads, d].
-    Also the size of the output times the size of the scores: how errors of both add up."""
+    Also the size of the output times the size of the scores: how errors of both add up; `narrow` is
+    the error of a probability, as a multiple of that of fp32."""
     q, k, v = q.astype(np.float64), k.astype(np.float64), v.astype(np.float64)
     group = q.shape[1] // k.shape[1]
     k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
     scores = scale * np.einsum("rhd,chd->hrc", q, k)
     sizes = scale * np.einsum("rhd,chd->hrc", np.abs(q), np.abs(k))
+    if softcap > 0:
+        scores, sizes = softcap * np.tanh(scores / softcap), sizes + softcap
     row, col = np.arange(q.shape[0])[:, None] + first_position, np.arange(k.shape[0])[None, :]
     seen = (col <= row) & ((col > row - window) if window > 0 else True)
     visible = np.where(seen, scores, -np.inf)
     p = np.exp(visible - visible.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    reach = 1 + np.where(seen, sizes, 0).max(-1)  # [heads, rows]
+    reach = 1 + narrow + np.where(seen, sizes, 0).max(-1)  # [heads, rows]
     value = np.einsum("hrc,chd->rhd", p, v)
     size = np.einsum("hrc,chd->rhd", p, np.abs(v)) * reach.T[:, :, None]
     return value, size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from nano_inference import LLM, SamplingParams, __version__, bundled
+from nano_inference import LLM, SamplingParams, __version__, _core, bundled
 from nano_inference.cli import main
 
 NOTICE = bundled.NOTICE + "\n"
@@ -348,6 +349,34 @@ def test_info_as_json(model: list[str]) -> None:
     assert shape["fits"] and shape["kv_cache_tokens"] <= shape["tokens_that_fit"]
     names = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size", "max_model_len")
     assert [shape[name] for name in names] == [2, 4, 2, 16, 261, 2048]
+
+
+def test_info_says_why_there_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "cuda_devices", lambda: [])
+    monkeypatch.setattr(_core, "cuda_error", lambda: "no driver here")
+    assert re.search(r"\ncuda +cannot be used: no driver here\n", invoke("info").stdout)
+    machine = json.loads(invoke("info", "--json").stdout)["machine"]
+    assert (machine["cards"], machine["cuda_error"]) == ([], "no driver here")
+    result = invoke("info", "--device", "cuda")
+    assert result.exit_code == 2
+    one_error_line(result, "device='cuda' cannot be used: no driver here")
+
+
+def test_info_shows_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_memory = _core.Engine.plan_memory
+
+    def plan(config: _core.EngineConfig, model: _core.ModelConfig) -> dict[str, int]:
+        if config.device == "cpu":
+            return plan_memory(config, model)
+        memory = {"memory_total": 141 * 10**9, "memory_available": 140 * 10**9}
+        return memory if config.device_index == 1 else {key: 10**10 for key in memory}
+
+    monkeypatch.setattr(_core, "cuda_devices", lambda: ["NVIDIA small", "NVIDIA H200"])
+    monkeypatch.setattr(_core, "cuda_error", lambda: "")
+    monkeypatch.setattr(_core.Engine, "plan_memory", staticmethod(plan))
+    shown = invoke("info").stdout
+    assert re.search(r"\ndevices +cpu, cuda:0, cuda:1\n", shown)
+    assert re.search(r"\ncuda:1 +NVIDIA H200, 140.00 GB available of 141.00 GB\n", shown)
 
 
 def test_info_for_people(model: list[str]) -> None:

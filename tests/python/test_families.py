@@ -105,10 +105,10 @@ def assert_close(got, want):
     assert error <= TOLERANCE * scale, f"error {error / scale:.2e} of max|logit|"
 
 
-def decisive_prompt(model, length, new_tokens=64):
+def decisive_prompt(model, length, new_tokens=64, tolerance=TOLERANCE):
     """A prompt whose greedy continuation by transformers is varied and nowhere nearly a tie; and
     that continuation."""
-    for seed in range(40):
+    for seed in range(100):
         rng = np.random.default_rng(seed)
         prompt = rng.integers(0, model.config.vocab_size, length).tolist()
         result = model.generate(
@@ -123,7 +123,7 @@ def decisive_prompt(model, length, new_tokens=64):
         )
         logits = torch.cat(result.logits)
         best = logits.topk(2).values
-        clear = (best[:, 0] - best[:, 1]) > 3 * TOLERANCE * logits.abs().amax(1)
+        clear = (best[:, 0] - best[:, 1]) > 3 * tolerance * logits.abs().amax(1)
         tokens = result.sequences[0, length:].tolist()
         if clear.all() and len(set(tokens)) >= 8:
             return prompt, tokens
@@ -313,6 +313,24 @@ def test_max_model_len(llama_dir):
 )
 def test_dtype(changes, asked, want, llama_dir, tmp_path):
     assert load_model(variant(llama_dir, tmp_path, **changes), dtype=asked).dtype == want
+
+
+@pytest.mark.parametrize(
+    "changes, asked, want",
+    [
+        ({}, "auto", "bfloat16"),
+        ({"dtype": ...}, "auto", "bfloat16"),
+        ({"dtype": "float16"}, "auto", "float16"),
+        ({}, "half", "float16"),
+    ],
+)
+def test_dtype_on_cuda(changes, asked, want, llama_dir, tmp_path, caplog):
+    path = variant(llama_dir, tmp_path, **changes)
+    with caplog.at_level("INFO", logger="nano_inference"):
+        assert load_model(path, dtype=asked, device="cuda").dtype == want
+    assert ("bfloat16 on cuda" in caplog.text) == (want == "bfloat16")
+    with pytest.raises(ValueError, match="dtype='float32' .*bfloat16 or float16"):
+        load_model(path, dtype="float32", device="cuda")
 
 
 def test_unknown_dtype_is_named(llama_dir):

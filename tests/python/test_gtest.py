@@ -1,7 +1,8 @@
 """Runs the C++ suites and reports each GoogleTest case under its own name.
 
 Collecting this file builds the suites (a no-op when they are up to date), because only the
-executables know the names of parametrised cases. Each suite then runs once.
+executables know the names of parametrised cases. Each suite then runs once. The kernel suites of the
+CUDA backend join them where there is a card.
 """
 
 import functools
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from cpp_build import BUILD_DIR, BuildError, build, suites
+from cpp_build import BuildError, build, suites
+from nano_inference import _core
+
+KINDS = [False, True] if _core.cuda_devices() else [False]  # cuda?
 
 
 def executable(suite: str) -> str:
-    return str(BUILD_DIR / "tests" / "cpp" / suite)
+    return str((suites() | suites(cuda=True))[suite])
 
 
 def list_cases(suite: str) -> list[str]:
@@ -57,19 +61,22 @@ def run_suite(suite: str) -> tuple[dict[str, dict], str]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         try:
-            build()
-            names = [(suite, case) for suite in suites() for case in list_cases(suite)]
+            names = []
+            for cuda in KINDS:
+                build(cuda)
+                names += [(suite, case) for suite in suites(cuda) for case in list_cases(suite)]
         except (BuildError, subprocess.CalledProcessError, OSError):
             names = []  # test_cpp_builds says why
         metafunc.parametrize(("suite", "case"), names, ids=[f"{s}:{c}" for s, c in names])
 
 
-def test_cpp_builds() -> None:
+@pytest.mark.parametrize("cuda", KINDS, ids=["cpu", "cuda"][: len(KINDS)])
+def test_cpp_builds(cuda: bool) -> None:
     try:
-        build()
+        build(cuda)
     except BuildError as error:
         pytest.fail(str(error), pytrace=False)
-    for suite in suites():
+    for suite in suites(cuda):
         assert list_cases(suite), f"{suite} has no test cases"
 
 

@@ -33,7 +33,7 @@ sampling_params = SamplingParams(temperature=0.8, top_p=0.95, max_tokens=20)
 
 def main():
     llm = LLM(model=MODEL, max_model_len=512, tensor_parallel_size=1, trust_remote_code=False,
-              gpu_memory_utilization=0.3, enforce_eager=True)
+              gpu_memory_utilization=0.3, enforce_eager=False)
     outputs = llm.generate(prompts, sampling_params)
     for output in outputs:
         prompt = output.prompt

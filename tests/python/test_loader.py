@@ -3,6 +3,8 @@
 import json
 import struct
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -111,6 +113,70 @@ def test_conv1d_is_transposed_and_split():
         np.testing.assert_array_equal(
             want[f"layers.0.{name}.weight"], fused[:, 6 * part : 6 * part + 6].T
         )
+
+
+@pytest.mark.parametrize("hf", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_several_threads_load_the_same(hf, tmp_path, capsys):
+    loaded, tensors = model(hf)
+    tiny.write_safetensors(tmp_path / "model.safetensors", tensors)
+    one, many = Recorder(), Recorder()
+    total = loader.load_weights(one, tmp_path, loaded, progress=False)
+    assert loader.load_weights(many, tmp_path, loaded, progress=True, threads=8) == total
+    assert total == sum(array.nbytes for array in tensors.values())
+    assert "100%" in capsys.readouterr().err
+    assert set(one.loaded) == set(many.loaded)
+    for slot, (data, kind) in one.loaded.items():
+        assert many.loaded[slot][1] == kind
+        np.testing.assert_array_equal(many.loaded[slot][0], data)
+
+
+def test_threads_work_at_once_and_begin_with_the_largest(tmp_path):
+    loaded, tensors = model(LLAMA)
+    tiny.write_safetensors(tmp_path / "model.safetensors", tensors)
+    meeting = threading.Barrier(4, timeout=60)
+    began = []
+
+    class Waiter(Recorder):
+        def load_weight(self, slot, data, dtype):
+            began.append(data.nbytes)
+            if len(began) <= 4:
+                meeting.wait()  # comes to its end only if four threads are in here
+            super().load_weight(slot, data, dtype)
+
+    engine = Waiter()
+    loader.load_weights(engine, tmp_path, loaded, progress=False, threads=4)
+    assert len(engine.loaded) == len(loaded.weight_map)
+    largest = sorted((data.nbytes for data, _ in engine.loaded.values()), reverse=True)
+    assert sorted(began[:4], reverse=True) == largest[:4]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_an_error_names_the_tensor_and_ends_the_loading(kind, threads, tmp_path):
+    loaded, tensors = model(LLAMA)
+    tiny.write_safetensors(tmp_path / "model.safetensors", tensors)
+    calls = []
+
+    class Broken(Recorder):
+        def load_weight(self, slot, data, dtype):
+            calls.append(slot)
+            if slot == "layers.0.o.weight":
+                raise kind("the card is lost")
+            time.sleep(0.01)
+
+    with pytest.raises(kind, match=r"'model\.layers\.0\.self_attn\.o_proj\.weight': the card is"):
+        loader.load_weights(Broken(), tmp_path, loaded, progress=False, threads=threads)
+    assert len(calls) < len(loaded.weight_map)
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_scale", "self_attn.attn.v_scale"])
+def test_scales_of_the_cache_are_refused(name, tmp_path):
+    loaded, tensors = model(LLAMA)
+    tensors[f"model.layers.0.{name}"] = np.ones(1, np.float32)
+    tiny.write_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=f"1 scales of an fp8 KV cache.*{name}") as error:
+        load(tmp_path, loaded)
+    assert "unexpected" not in str(error.value)
 
 
 def test_nothing_is_copied(tmp_path):

@@ -1,9 +1,10 @@
-"""Every operator of the CPU backend, on every instruction set of this machine, against numpy.
+"""Every operator on every device of this machine (see reference.py) against numpy.
 
-Bounds: an fp32 sum of products may be off by 20 eps * sum |a b|. A bf16 dot product rounds x first;
-it may be off by twice the error of a plain loop that does the same. Outputs lie in a larger array
-full of sentinels and start as NaN: a stray write or a forgotten element is seen. Promise 1 (a row's
-result is its own) is checked by ==."""
+Bounds: an fp32 sum of products may be off by 20 eps * sum |a b|; where results are 16-bit numbers,
+2 of their units come on top, and inputs are rounded beforehand. A bf16 dot product of a CPU rounds
+x first; it may be off by twice the error of a plain loop that does the same. Outputs lie in a
+larger array full of sentinels and start as NaN: a stray write or a forgotten element is seen.
+Promise 1 (a row's result is its own) is checked by ==."""
 
 from __future__ import annotations
 
@@ -24,17 +25,19 @@ from nano_inference import _core
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
-ISAS = _core.cpu_isas()
+ISAS = ref.ISAS
+ops_for = ref.ops_for
 TOLERANCE = 20 * ref.EPS
 SENTINEL = np.float32(-12345.678)
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
-each_dtype = pytest.mark.parametrize("dtype", ref.DTYPES)
-
-
-@functools.cache
-def ops_for(isa: str, threads: int = 2) -> _core.Ops:
-    return _core.Ops(isa=isa, num_threads=threads)
+each_device = pytest.mark.parametrize("device", ref.DEVICES)
+each_weight = pytest.mark.parametrize(
+    "device,dtype", [(d, t) for d in ref.DEVICES for t in ref.weight_dtypes(d)]
+)
+each_cache = pytest.mark.parametrize(
+    "device,dtype", [(d, t) for d in ref.DEVICES for t in ref.cache_dtypes(d)]
+)
 
 
 class Guarded:
@@ -54,8 +57,9 @@ class Guarded:
         return self.view.copy()
 
 
-def normal(rng: np.random.Generator, *shape: int) -> Floats:
-    return rng.standard_normal(shape, dtype=np.float32)
+def normal(rng: np.random.Generator, *shape: int, device: str = "portable") -> Floats:
+    """As the device's activations can hold them."""
+    return ref.rounded(rng.standard_normal(shape, dtype=np.float32), ref.activation_dtype(device))
 
 
 def strided(x: Floats) -> Floats:
@@ -63,7 +67,10 @@ def strided(x: Floats) -> Floats:
     return Guarded(*x.shape, x).view
 
 
-def assert_close(got: Array, want: Array, bound: Array, what: str = "") -> None:
+def assert_close(
+    got: Array, want: Array, bound: Array, what: str = "", device: str = "portable"
+) -> None:
+    bound = bound + 2 * ref.ulp(want, ref.activation_dtype(device))
     off = np.abs(got.astype(np.float64) - want)
     worst = np.unravel_index(np.argmax(off - bound), off.shape)
     assert np.all(off <= bound), (
@@ -131,14 +138,33 @@ LINEAR_SHAPES = [
 ]
 
 
+def naive_linear(x: Floats, w: Floats, bias: Array | None, before: Array | None) -> Floats:
+    out = np.zeros((len(x), len(w)), np.float32)
+    for k in range(x.shape[1]):
+        out += x[:, k, None] * w[None, :, k]
+    for extra in (bias, before):
+        out = out if extra is None else out + extra
+    return out
+
+
 def check_linear(
-    got: Floats, x: Floats, w: Floats, bias: Array | None, before: Array | None, dot: bool
+    got: Floats,
+    x: Floats,
+    w: Floats,
+    bias: Array | None,
+    before: Array | None,
+    device: str,
+    dtype: str,
 ) -> None:
     want, size = ref.linear(x, w, bias)
     if before is not None:
         want, size = want + before, size + np.abs(before)
-    if not dot:
-        assert_close(got, want, TOLERANCE * size)
+    if device in ref.CUDA:
+        naive = ref.rounded(naive_linear(x, w, bias, before), dtype)
+        bound = 2 * np.abs(naive - want).max()
+        assert_close(got, want, bound, "the relative rule", device)
+    if device != "avx512_bf16" or dtype != "bfloat16":
+        assert_close(got, want, TOLERANCE * size, device=device)
         return
     # The bf16 dot product: x is rounded first, then the same fp32 sum …
     x16 = ref.rounded(x, "bfloat16")
@@ -147,36 +173,31 @@ def check_linear(
         exact, size16 = exact + before, size16 + np.abs(before)
     assert_close(got, exact, TOLERANCE * size16)
     # … so the whole error is at most twice that of a plain loop over bf16 inputs.
-    naive = np.zeros(got.shape, np.float32)
-    for k in range(x.shape[1]):
-        naive += x16[:, k, None] * w[None, :, k]
-    for extra in (bias, before):
-        naive = naive if extra is None else naive + extra
+    naive = naive_linear(x16, w, bias, before)
     off, plain = np.abs(got - want).max(), np.abs(naive - want).max()
     assert off <= 2 * plain + TOLERANCE * size.max()
 
 
-@each_isa
-@each_dtype
+@each_weight
 @pytest.mark.parametrize("source", ref.DTYPES)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_linear(isa: str, dtype: str, source: str, bias: bool, accumulate: bool) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(1)
+def test_linear(device: str, dtype: str, source: str, bias: bool, accumulate: bool) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(1)
     for m, n, k in LINEAR_SHAPES:
-        x, given = strided(normal(rng, m, k)), ref.to_bits(normal(rng, n, k), source)
-        b = normal(rng, n) if bias else None
-        before = normal(rng, m, n) if accumulate else None
+        x = strided(normal(rng, m, k, device=device))
+        given = ref.to_bits(normal(rng, n, k), source)
+        b = normal(rng, n, device=device) if bias else None
+        before = normal(rng, m, n, device=device) if accumulate else None
         out = Guarded(m, n, before)
         ops.linear(x, ops.weight(given, source, dtype, b), out.view, accumulate)
         w = ref.rounded(ref.from_bits(given, source), dtype)
-        check_linear(out.check(), x, w, b, before, isa == "avx512_bf16" and dtype == "bfloat16")
+        check_linear(out.check(), x, w, b, before, device, dtype)
 
 
-@each_isa
-@each_dtype
-def test_weight_rows_may_be_far_apart(isa: str, dtype: str) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(2)
+@each_weight
+def test_weight_rows_may_be_far_apart(device: str, dtype: str) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(2)
     w, x = normal(rng, 37, 51), normal(rng, 3, 51)
     for source in ref.DTYPES:
         dense = ref.to_bits(w, source)
@@ -188,15 +209,14 @@ def test_weight_rows_may_be_far_apart(isa: str, dtype: str) -> None:
         assert_same(a, b)
 
 
-@each_isa
-@each_dtype
-def test_linear_rows_are_independent(isa: str, dtype: str) -> None:
+@each_weight
+def test_linear_rows_are_independent(device: str, dtype: str) -> None:
     rng = np.random.default_rng(3)
     x, w, b = normal(rng, 65, 129), normal(rng, 300, 129), normal(rng, 300)
     whole = np.empty((65, 300), np.float32)
-    ops_for(isa).linear(x, ops_for(isa).weight(w, dtype=dtype, bias=b), whole)
+    ops_for(device).linear(x, ops_for(device).weight(w, dtype=dtype, bias=b), whole)
     for threads in (1, 2):
-        ops = ops_for(isa, threads)
+        ops = ops_for(device, threads)
         weight = ops.weight(w, dtype=dtype, bias=b)
         for size in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 24, 31, 32, 33, 64, 65):
             for first in range(0, 65, size):
@@ -208,10 +228,9 @@ def test_linear_rows_are_independent(isa: str, dtype: str) -> None:
                     break
 
 
-@each_isa
-@each_dtype
-def test_a_bad_row_spoils_only_itself(isa: str, dtype: str) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(4)
+@each_weight
+def test_a_bad_row_spoils_only_itself(device: str, dtype: str) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(4)
     x, weight = normal(rng, 9, 33), ops.weight(normal(rng, 40, 33), dtype=dtype)
     good, bad = np.empty((9, 40), np.float32), np.empty((9, 40), np.float32)
     ops.linear(x, weight, good)
@@ -225,8 +244,8 @@ def test_a_bad_row_spoils_only_itself(isa: str, dtype: str) -> None:
     assert_same(bad[keep], good[keep])
 
 
-@each_isa
-def test_weights_at_the_edges_of_their_type(isa: str) -> None:
+@each_device
+def test_weights_at_the_edges_of_their_type(device: str) -> None:
     """Conversion keeps infinities, signed zeros, subnormals and the largest numbers, and rounds
     ties to even."""
     tricky = np.array(
@@ -235,11 +254,11 @@ def test_weights_at_the_edges_of_their_type(isa: str) -> None:
         + [np.inf, -np.inf, np.nan],
         np.float32,
     )
-    ops = ops_for(isa)
+    ops = ops_for(device)
     ids, positions = np.arange(len(tricky), dtype=np.int32), np.zeros(len(tricky), np.int32)
     for source in ref.DTYPES:
         given = ref.to_bits(tricky, source)
-        for dtype in ref.DTYPES:
+        for dtype in ref.weight_dtypes(device):
             out = np.empty((len(tricky), 1), np.float32)
             ops.embed(ids, positions, ops.weight(given[:, None], source, dtype), out)
             want = ref.rounded(ref.from_bits(given, source), dtype)
@@ -251,10 +270,9 @@ def test_weights_at_the_edges_of_their_type(isa: str) -> None:
 # -- embed, gather_rows ---------------------------------------------------------------------------
 
 
-@each_isa
-@each_dtype
-def test_embed(isa: str, dtype: str) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(5)
+@each_weight
+def test_embed(device: str, dtype: str) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(5)
     for vocab, hidden, tokens in [(1, 1, 1), (50, 33, 7), (70, 64, 65), (129, 100, 3)]:
         table, learned = normal(rng, vocab, hidden), normal(rng, 40, hidden)
         ids = rng.integers(0, vocab, tokens, dtype=np.int32)
@@ -269,18 +287,18 @@ def test_embed(isa: str, dtype: str) -> None:
         ops.embed(ids, positions, w, out.view, position_table=p, scale=3.3)
         scaled = rows.astype(np.float64) * np.float32(3.3)
         bound = 2 * ref.EPS * (np.abs(scaled) + np.abs(added))
-        assert_close(out.check(), scaled + added, bound)
+        assert_close(out.check(), scaled + added, bound, device=device)
         for i in range(tokens):  # alone
             alone = Guarded(1, hidden)
             ops.embed(ids[i : i + 1], positions[i : i + 1], w, alone.view, p, 3.3)
             assert_same(alone.check()[0], out.view[i].copy())
 
 
-@each_isa
-def test_gather_rows(isa: str) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(6)
+@each_device
+def test_gather_rows(device: str) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(6)
     for rows, cols in [(1, 1), (9, 33), (40, 128)]:
-        x = strided(normal(rng, rows, cols))
+        x = strided(normal(rng, rows, cols, device=device))
         wanted = rng.integers(0, rows, 13).astype(np.int32)
         out = Guarded(13, cols)
         ops.gather_rows(x, wanted, out.view)
@@ -291,10 +309,11 @@ def test_gather_rows(isa: str) -> None:
 # -- Norms ----------------------------------------------------------------------------------------
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norm_and_add_norm(isa: str, kind: str) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(7)
+def test_norm_and_add_norm(device: str, kind: str) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(7)
+    dtype = ref.activation_dtype(device)
     for rows, n in [
         (1, 1),
         (3, 2),
@@ -309,39 +328,40 @@ def test_norm_and_add_norm(isa: str, kind: str) -> None:
         for bias, eps, offset in [(False, 1e-6, 0.0), (True, 1e-5, 3.0), (True, 0.0, 0.0)]:
             if eps == 0.0 and n < 7:
                 continue  # ill-conditioned: the variance of one or two numbers may vanish
-            given = normal(rng, rows, n) + np.float32(offset)
+            given = ref.rounded(normal(rng, rows, n) + np.float32(offset), dtype)
             w, b = normal(rng, n), normal(rng, n) if bias else None
             x = Guarded(rows, n, given)
             out = Guarded(rows, n)
             ops.norm(x.view, w, out.view, b, kind, eps)
             want, size = ref.norm(given, w, b, kind, eps)
-            assert_close(out.check(), want, TOLERANCE * size, f"norm, {rows} x {n}")
+            assert_close(out.check(), want, TOLERANCE * size, f"norm, {rows} x {n}", device)
             assert_same(x.check(), given, "norm changed its input")
 
-            delta, out = normal(rng, rows, n), Guarded(rows, n)
+            delta, out = normal(rng, rows, n, device=device), Guarded(rows, n)
             residual = Guarded(rows, n, given)
             ops.add_norm(delta, residual.view, w, out.view, b, kind, eps)
-            total = given + delta  # fp32, exactly
+            total = ref.rounded(given + delta, dtype)  # exactly
             assert_same(residual.check(), total, "the residual is the sum")
             want, size = ref.norm(total, w, b, kind, eps)
-            assert_close(out.check(), want, TOLERANCE * size, f"add_norm, {rows} x {n}")
+            assert_close(out.check(), want, TOLERANCE * size, f"add_norm, {rows} x {n}", device)
 
             alone = np.empty((1, n), np.float32)
             last = given[-1:].copy()
-            ops_for(isa, 1).add_norm(delta[-1:], last, w, alone, b, kind, eps)
+            ops_for(device, 1).add_norm(delta[-1:], last, w, alone, b, kind, eps)
             assert_same(alone[0], out.view[-1].copy(), "alone")
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_norm_of_zeros_and_large_numbers(isa: str, kind: str) -> None:
+def test_norm_of_zeros_and_large_numbers(device: str, kind: str) -> None:
     x = np.zeros((3, 40), np.float32)
-    x[1] = 1e15
+    x[1] = 1e4 if device == "cuda_f16" else 1e15
     x[2, ::2], x[2, 1::2] = 1e4, 1e4 + 1
+    x = ref.rounded(x, ref.activation_dtype(device))
     w, out = np.ones(40, np.float32), np.full((3, 40), np.nan, np.float32)
-    ops_for(isa).norm(x, w, out, None, kind, 1e-6)
+    ops_for(device).norm(x, w, out, None, kind, 1e-6)
     want, size = ref.norm(x, w, None, kind, 1e-6)
-    assert_close(out, want, TOLERANCE * size)
+    assert_close(out, want, TOLERANCE * size, device=device)
 
 
 # -- Activations ----------------------------------------------------------------------------------
@@ -350,15 +370,18 @@ TRICKY = [0.0, -0.0, 1e-30, -1e-30, 1e-4, -1e-4, 10.0, -10.0, 14.0, -14.0, 40.0,
 TRICKY += [85.0, -85.0, 87.5, -87.5, 90.0, -90.0, 1e4, -1e4, 1e30, -1e30]
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh", "gelu", "relu"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_activation(isa: str, act: str, gated: bool) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(8)
+def test_activation(device: str, act: str, gated: bool) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(8)
     for rows, n in [(1, 1), (2, 7), (5, 33), (65, 16), (3, 100)]:
         x = normal(rng, rows, 2 * n if gated else n) * 4
         if n == 33:
             x[0, : len(TRICKY)] = TRICKY
+        if device == "cuda_f16":
+            x = np.clip(x, -1e3, 1e3)  # and no product beyond its largest number
+        x = ref.rounded(x, ref.activation_dtype(device))
         given = Guarded(*x.shape, x)
         out = Guarded(rows, n)
         ops.activation(given.view, act, gated, out.view)
@@ -367,19 +390,22 @@ def test_activation(isa: str, act: str, gated: bool) -> None:
         if gated:
             up = x[:, n:].astype(np.float64)
             want, size = want * up, (size + np.abs(want)) * np.abs(up)
-        assert_close(out.check(), want, TOLERANCE * size, act)
+        bound = TOLERANCE * size
+        if device in ref.CUDA:  # 1 + tanh is as exact as tanh is, far in the tail as well
+            bound = bound + 2 * ref.EPS * np.abs(x[:, :n] * (up if gated else 1))
+        assert_close(out.check(), want, bound, act, device)
         alone = np.empty((1, n), np.float32)
         ops.activation(x[-1:], act, gated, alone)
         assert_same(alone[0], out.view[-1].copy(), "alone")
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh", "gelu", "relu"])
-def test_activation_keeps_nan(isa: str, act: str) -> None:
+def test_activation_keeps_nan(device: str, act: str) -> None:
     """A NaN must show in the output and not turn into a plausible number."""
     x, out = np.ones((1, 37), np.float32), np.empty((1, 37), np.float32)
     x[0, [3, 36]] = np.nan
-    ops_for(isa).activation(x, act, False, out)
+    ops_for(device).activation(x, act, False, out)
     assert np.flatnonzero(np.isnan(out[0])).tolist() == [3, 36]
 
 
@@ -392,11 +418,31 @@ def rope_tables(positions: int, rotary_dim: int) -> tuple[Floats, Floats]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+# Of 8-bit caches; powers of two, so that scaling leaves the mantissas.
+K_SCALE, V_SCALE = 0.5, 2.0
+
+
+def stored(x: Array, dtype: str, scale: float) -> Floats:
+    """What comes out of a cache."""
+    return (
+        ref.rounded(x / scale, dtype) * np.float32(scale)
+        if "fp8" in dtype
+        else ref.rounded(x, dtype)
+    )
+
+
+def new_cache(
+    ops: _core.Ops, blocks: int, block_size: int, kv_heads: int, d: int, dtype: str
+) -> _core.Cache:
+    scales = (K_SCALE, V_SCALE) if "fp8" in dtype else (1.0, 1.0)
+    return ops.cache(blocks, block_size, kv_heads, d, dtype, *scales)
+
+
 def filled_cache(
     ops: _core.Ops, blocks: int, block_size: int, kv_heads: int, d: int, dtype: str, value: float
 ) -> _core.Cache:
     """A cache with `value` in every slot."""
-    cache = ops.cache(blocks, block_size, kv_heads, d, dtype)
+    cache = new_cache(ops, blocks, block_size, kv_heads, d, dtype)
     slots = np.arange(blocks * block_size, dtype=np.int64)
     qkv = np.full((len(slots), (1 + 2 * kv_heads) * d), value, np.float32)
     ops.rope_kv_write(qkv, np.zeros(len(slots), np.int32), slots, cache)
@@ -412,15 +458,23 @@ ROPE_SHAPES = [
     (2, 2, 128, 128),
     (2, 1, 6, 0),
 ]
-ROPE_SHAPES += [(2, 1, 256, 64)]
+ROPE_SHAPES += [(2, 1, 256, 64), (4, 2, 64, 48), (3, 1, 96, 96)]
 
 
-@each_isa
-@each_dtype
-@pytest.mark.parametrize("shape", ROPE_SHAPES, ids=str)
-def test_rope_kv_write(isa: str, dtype: str, shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize(
+    "device,dtype,shape",
+    [
+        (device, dtype, shape)
+        for device in ref.DEVICES
+        for dtype in ref.cache_dtypes(device)
+        for shape in ROPE_SHAPES
+        if ref.supported(device, head_dim=shape[2])
+    ],
+    ids=str,
+)
+def test_rope_kv_write(device: str, dtype: str, shape: tuple[int, int, int, int]) -> None:
     heads, kv_heads, d, rotary = shape
-    ops, rng = ops_for(isa), np.random.default_rng(9)
+    ops, rng = ops_for(device), np.random.default_rng(9)
     cos, sin = rope_tables(60, rotary) if rotary else (None, None)
     for block_size, qk_norm in [
         (1, False),
@@ -431,12 +485,14 @@ def test_rope_kv_write(isa: str, dtype: str, shape: tuple[int, int, int, int]) -
         (32, False),
         (48, True),
     ]:
+        if not ref.supported(device, block_size=block_size):
+            continue
         blocks = -(-50 // block_size)
         tokens = 19
         positions = rng.integers(0, 60, tokens, dtype=np.int32)
         slots = rng.permutation(blocks * block_size)[:tokens].astype(np.int64)
         slots[[3, 11]] = -1
-        x = normal(rng, tokens, (heads + 2 * kv_heads) * d)
+        x = normal(rng, tokens, (heads + 2 * kv_heads) * d, device=device)
         qw, kw = (normal(rng, d), normal(rng, d)) if qk_norm else (None, None)
         cache = filled_cache(ops, blocks, block_size, kv_heads, d, dtype, 7.0)
         given = Guarded(*x.shape, x)
@@ -445,16 +501,18 @@ def test_rope_kv_write(isa: str, dtype: str, shape: tuple[int, int, int, int]) -
 
         q, k, v = np.split(x.reshape(tokens, -1, d), [heads, heads + kv_heads], 1)
         want, size = expected_rope(q, qw, positions, cos, sin)
-        assert_close(got, want, TOLERANCE * size, "q")
+        assert_close(got, want, TOLERANCE * size, "q", device)
         keys, values = cache.read()
         written = slots >= 0
         want, size = expected_rope(k, kw, positions, cos, sin)
         want, size = want[written].transpose(1, 0, 2), size[written].transpose(1, 0, 2)
         bound = TOLERANCE * size * (1 if dtype == "float32" else 1.01)
-        assert_close(keys[:, slots[written]], want, bound + ref.half_ulp(want, dtype), "k")
+        scale = K_SCALE if "fp8" in dtype else 1.0
+        bound = bound + ref.half_ulp(want / scale, dtype) * scale
+        assert_close(keys[:, slots[written]], want, bound, "k")
         assert_same(
             values[:, slots[written]],
-            np.ascontiguousarray(ref.rounded(v[written], dtype).transpose(1, 0, 2)),
+            np.ascontiguousarray(stored(v[written], dtype, V_SCALE).transpose(1, 0, 2)),
             "v",
         )
         rest = np.setdiff1d(np.arange(blocks * block_size), slots)
@@ -472,12 +530,11 @@ def expected_rope(
     return value, size
 
 
-@each_isa
-@each_dtype
-def test_rope_kv_write_rows_are_independent(isa: str, dtype: str) -> None:
+@each_cache
+def test_rope_kv_write_rows_are_independent(device: str, dtype: str) -> None:
     """The same values in the cache for all block sizes, thread counts and cuts."""
     rng = np.random.default_rng(10)
-    heads, kv_heads, d, tokens = 4, 2, 20, 33
+    heads, kv_heads, d, tokens = 4, 2, 64 if device in ref.CUDA else 20, 33
     x, positions = (
         normal(rng, tokens, (heads + 2 * kv_heads) * d),
         np.arange(tokens, dtype=np.int32),
@@ -485,9 +542,12 @@ def test_rope_kv_write_rows_are_independent(isa: str, dtype: str) -> None:
     qw, kw = normal(rng, d), normal(rng, d)
     cos, sin = rope_tables(tokens, 12)
     seen = []
-    for block_size, threads, cut in [(16, 2, 33), (1, 2, 1), (8, 1, 7), (48, 2, 20), (2, 1, 33)]:
-        ops = ops_for(isa, threads)
-        cache = ops.cache(-(-tokens // block_size), block_size, kv_heads, d, dtype)
+    sizes = (32, 16, 48, 64) if device in ref.CUDA else (1, 8, 48, 2)
+    for block_size, threads, cut in zip(
+        (16, *sizes), (2, 2, 1, 2, 1), (33, 1, 7, 20, 33), strict=True
+    ):
+        ops = ops_for(device, threads)
+        cache = new_cache(ops, -(-tokens // block_size), block_size, kv_heads, d, dtype)
         qkv = x.copy()
         for i in range(0, tokens, cut):
             rows = slice(i, min(i + cut, tokens))
@@ -499,27 +559,34 @@ def test_rope_kv_write_rows_are_independent(isa: str, dtype: str) -> None:
         assert_same(kv, seen[0][1], "cache")
 
 
-@each_isa
-def test_a_half_precision_cache_saturates(isa: str) -> None:
+@pytest.mark.parametrize(
+    "device,dtype",
+    [(d, "float16") for d in ref.DEVICES if d != "cuda_bf16"] + [(d, "fp8_e4m3") for d in ref.CUDA],
+)
+def test_a_narrow_cache_saturates(device: str, dtype: str) -> None:
     """An infinity would turn the rows of other tokens of its tile into NaN: 0 * inf."""
-    ops = ops_for(isa)
-    values = np.array([1e6, -1e6, np.inf, 65519.0, 65504.0, 1.0], np.float32)
-    x = np.concatenate([np.zeros(6, np.float32), values, -values])[None].copy()
-    cache = ops.cache(1, 16, 1, 6, "float16")
+    ops, d = ops_for(device), 64
+    largest = 65504 if dtype == "float16" else 448
+    values = np.zeros(d, np.float32)
+    values[:6] = [1e6, -1e6, np.inf, 65519.0 if dtype == "float16" else 449.0, largest, 1.0]
+    x = np.concatenate([np.zeros(d, np.float32), values, -values])[None].copy()
+    cache = ops.cache(1, 16, 1, d, dtype)
     ops.rope_kv_write(x, np.zeros(1, np.int32), np.array([3], np.int64), cache)
-    want = np.array([65504, -65504, 65504, 65504, 65504, 1], np.float32)
+    want = np.zeros(d, np.float32)
+    want[:6] = [largest, -largest, largest, largest, largest, 1]
     keys, vals = cache.read()
     np.testing.assert_array_equal(keys[0, 3], want)
     np.testing.assert_array_equal(vals[0, 3], -want)
 
 
-@each_isa
-@each_dtype
+@each_cache
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32])
-def test_copy_blocks(isa: str, dtype: str, block_size: int) -> None:
-    ops, rng = ops_for(isa), np.random.default_rng(11)
+def test_copy_blocks(device: str, dtype: str, block_size: int) -> None:
+    ops, rng = ops_for(device), np.random.default_rng(11)
     kv_heads, d, blocks = 3, 20, 7
-    cache = ops.cache(blocks, block_size, kv_heads, d, dtype)
+    if device in ref.CUDA:
+        d, block_size = 64, 16 * block_size
+    cache = new_cache(ops, blocks, block_size, kv_heads, d, dtype)
     slots = np.arange(blocks * block_size, dtype=np.int64)
     qkv = normal(rng, len(slots), (1 + 2 * kv_heads) * d)
     ops.rope_kv_write(qkv, np.zeros(len(slots), np.int32), slots, cache)
@@ -539,7 +606,7 @@ class Batch:
 
     def __init__(
         self,
-        ops: _core.Ops,
+        device: str,
         lengths: list[int],
         heads: int = 4,
         kv_heads: int = 2,
@@ -548,10 +615,18 @@ class Batch:
         dtype: str = "float32",
         seed: int = 12,
         poison: float = np.nan,
+        threads: int = 2,
     ) -> None:
         rng = np.random.default_rng(seed)
-        self.ops, self.heads, self.d, self.scale = ops, heads, d, d**-0.5
-        self.qkv = [normal(rng, n, (heads + 2 * kv_heads) * d) for n in lengths]
+        if not ref.supported(device, head_dim=d):
+            d = 64
+        if not ref.supported(device, block_size=block_size):
+            block_size *= 16
+        if dtype != "fp8_e4m3":
+            dtype = ref.cache_dtype(device, dtype)
+        self.device, self.ops = device, ops_for(device, threads)
+        ops, self.heads, self.d, self.scale = self.ops, heads, d, d**-0.5
+        self.qkv = [normal(rng, n, (heads + 2 * kv_heads) * d, device=device) for n in lengths]
         counts = [-(-n // block_size) for n in lengths]
         order = np.random.default_rng(seed + block_size).permutation(sum(counts) + 3)
         self.width = max(counts) + 1
@@ -566,12 +641,13 @@ class Batch:
             slots = table[at // block_size].astype(np.int64) * block_size + at % block_size
             ops.rope_kv_write(x.copy(), at.astype(np.int32), slots, self.cache)
         self.q = [x[:, : heads * d].reshape(-1, heads, d) for x in self.qkv]
-        stored = [
-            ref.rounded(x[:, heads * d :], dtype).reshape(-1, 2, kv_heads, d) for x in self.qkv
-        ]
-        self.k, self.v = [s[:, 0] for s in stored], [s[:, 1] for s in stored]
+        kv = [x[:, heads * d :].reshape(-1, 2, kv_heads, d) for x in self.qkv]
+        self.k = [stored(x[:, 0], dtype, K_SCALE) for x in kv]
+        self.v = [stored(x[:, 1], dtype, V_SCALE) for x in kv]
 
-    def run(self, items: list[tuple[int, int, int]], window: int = 0) -> list[Floats]:
+    def run(
+        self, items: list[tuple[int, int, int]], window: int = 0, softcap: float = 0.0
+    ) -> list[Floats]:
         """items (sequence, first row, rows): their outputs [rows, heads, d]."""
         rows = np.concatenate([self.q[s][first : first + n] for s, first, n in items])
         out = Guarded(len(rows), self.heads * self.d)
@@ -584,60 +660,74 @@ class Batch:
             out.view,
             self.scale,
             window,
+            softcap,
         )
         got = out.check().reshape(-1, self.heads, self.d)
         return np.split(got, np.cumsum([n for _, _, n in items])[:-1])
 
-    def check(self, items: list[tuple[int, int, int]], window: int = 0) -> None:
-        for (s, first, n), got in zip(items, self.run(items, window), strict=True):
+    def check(
+        self, items: list[tuple[int, int, int]], window: int = 0, softcap: float = 0.0
+    ) -> None:
+        dtype = ref.activation_dtype(self.device)
+        narrow = float(ref.ulp(np.ones(1), dtype)[0]) / 2  # of probabilities before they meet V
+        for (s, first, n), got in zip(items, self.run(items, window, softcap), strict=True):
             context = slice(first + n)
-            want, size = ref.attention(
+            expect = functools.partial(
+                ref.attention,
                 self.q[s][first : first + n],
                 self.k[s][context],
                 self.v[s][context],
                 first,
                 self.scale,
                 window,
+                softcap,
             )
-            assert_close(got, want, TOLERANCE * size, f"sequence {s}, rows {first}+{n}")
+            want, size = expect(narrow / TOLERANCE)
+            what = f"sequence {s}, rows {first}+{n}"
+            assert_close(got, want, TOLERANCE * size, what, self.device)
+            if self.device in ref.CUDA:  # on the whole, twice the error of rounding what is right
+                plain, fp32 = rms(ref.rounded(want, dtype) - want), TOLERANCE * rms(expect()[1])
+                assert rms(got - want) <= 2 * plain + fp32, what
 
 
-@each_isa
-@each_dtype
+def rms(x: Array) -> float:
+    return float(np.sqrt((x.astype(np.float64) ** 2).mean()))
+
+
+@each_cache
 @pytest.mark.parametrize("d", [6, 20, 64, 80, 128, 256])
-def test_attention_head_dims(isa: str, dtype: str, d: int) -> None:
-    batch = Batch(ops_for(isa), [70, 1, 17], d=d, dtype=dtype)
+def test_attention_head_dims(device: str, dtype: str, d: int) -> None:
+    batch = Batch(device, [70, 1, 17], d=d, dtype=dtype)
     batch.check([(0, 0, 70)])
     batch.check([(1, 0, 1), (0, 69, 1), (2, 3, 14)])
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize(
     "heads,kv_heads", [(1, 1), (3, 3), (4, 2), (3, 1), (8, 1), (10, 2), (14, 2), (16, 2)]
 )
-def test_attention_groups(isa: str, heads: int, kv_heads: int) -> None:
-    batch = Batch(ops_for(isa), [67, 5], heads=heads, kv_heads=kv_heads, d=24, dtype="bfloat16")
+def test_attention_groups(device: str, heads: int, kv_heads: int) -> None:
+    batch = Batch(device, [67, 5], heads=heads, kv_heads=kv_heads, d=24, dtype="bfloat16")
     batch.check([(0, 66, 1), (1, 4, 1)])
     batch.check([(1, 0, 5), (0, 2, 65)])
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 16, 32, 48])
 @pytest.mark.parametrize("window", [0, 1, 5, 64, 100])
-def test_attention_blocks_and_windows(isa: str, block_size: int, window: int) -> None:
-    batch = Batch(ops_for(isa), [200, 64, 65, 3], block_size=block_size, d=16, dtype="float16")
+def test_attention_blocks_and_windows(device: str, block_size: int, window: int) -> None:
+    batch = Batch(device, [200, 64, 65, 3], block_size=block_size, d=16, dtype="float16")
     batch.check([(1, 63, 1), (2, 64, 1), (3, 0, 3), (0, 120, 80)], window)
     batch.check([(0, 0, 200), (2, 0, 65)], window)
 
 
-@each_isa
-@each_dtype
-def test_attention_rows_are_independent(isa: str, dtype: str) -> None:
+@each_cache
+def test_attention_rows_are_independent(device: str, dtype: str) -> None:
     """One prefill, chunks, single decodes, neighbours, threads, block sizes: the same bits."""
     n = 150
-    whole = Batch(ops_for(isa), [n, 40, 90], dtype=dtype).run([(0, 0, n)])[0]
+    whole = Batch(device, [n, 40, 90], dtype=dtype).run([(0, 0, n)])[0]
     for block_size, threads in [(16, 1), (16, 2), (1, 2), (4, 1), (48, 2)]:
-        batch = Batch(ops_for(isa, threads), [n, 40, 90], dtype=dtype, block_size=block_size)
+        batch = Batch(device, [n, 40, 90], dtype=dtype, block_size=block_size, threads=threads)
         for cuts in (
             [0, n],
             [0, 1, 64, 128, n],
@@ -655,23 +745,34 @@ def test_attention_rows_are_independent(isa: str, dtype: str) -> None:
             assert_same(b, whole[r : r + 1], f"row {r} beside others")
 
 
-@each_isa
-def test_attention_window_rows_are_independent(isa: str) -> None:
+@each_device
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+def test_attention_softcap(device: str, softcap: float) -> None:
+    batch = Batch(device, [200, 40])
+    if device not in ref.CUDA:
+        with pytest.raises(ValueError, match="soft cap"):
+            batch.run([(0, 0, 200)], softcap=softcap)
+        return
+    batch.check([(0, 0, 200), (1, 39, 1)], 0, softcap)
+    batch.check([(0, 199, 1), (1, 3, 37)], 70, softcap)
+
+
+@each_device
+def test_attention_window_rows_are_independent(device: str) -> None:
     n, window = 180, 70
-    batch = Batch(ops_for(isa), [n, 30])
+    batch = Batch(device, [n, 30])
     whole = batch.run([(0, 0, n)], window)[0]
     for first, last in [(0, 1), (1, 66), (66, 130), (130, 180), (69, 70), (70, 71), (179, 180)]:
         got = batch.run([(1, 0, 30), (0, first, last - first)], window)[1]
         assert_same(got, whole[first:last], f"rows {first} to {last}")
 
 
-@each_isa
-@each_dtype
-def test_a_later_token_never_reaches_back(isa: str, dtype: str) -> None:
+@each_cache
+def test_a_later_token_never_reaches_back(device: str, dtype: str) -> None:
     """Rows computed before a token whose K and V are NaN or infinite are the same as without it,
     although it lies in the same tile and block."""
     for poison in (np.nan, np.inf):
-        good, bad = Batch(ops_for(isa), [80], dtype=dtype), Batch(ops_for(isa), [80], dtype=dtype)
+        good, bad = Batch(device, [80], dtype=dtype), Batch(device, [80], dtype=dtype)
         x = bad.qkv[0][70:71].copy()
         x[:, bad.heads * bad.d :] = poison
         slot = np.array([int(bad.tables[0][70 // 16]) * 16 + 70 % 16], np.int64)
@@ -681,12 +782,12 @@ def test_a_later_token_never_reaches_back(isa: str, dtype: str) -> None:
         assert_same(bad.run([(0, 5, 60)])[0], want[5:65])
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("size", [1e3, 1e-20])
-def test_attention_extreme_scores(isa: str, size: float) -> None:
+def test_attention_extreme_scores(device: str, size: float) -> None:
     """Scores far apart (one token takes all) or all equal: no overflow, and no lost mean."""
-    batch = Batch(ops_for(isa), [130])
-    batch.q[0] = batch.q[0] * np.float32(size)
+    batch = Batch(device, [130])
+    batch.q[0] = ref.rounded(batch.q[0] * np.float32(size), ref.activation_dtype(device))
     batch.check([(0, 0, 130)])
 
 
@@ -771,6 +872,11 @@ def bad_calls() -> Iterator[Any]:
     yield "cache: nothing", "positive", lambda: ops.cache(0, 16, 1, 8)
     yield "cache: too large", "large", lambda: ops.cache(2**31 - 1, 16, 2**31 - 1, 2**31 - 1)
     yield "cache: dtype", "int4", lambda: ops.cache(1, 16, 1, 8, "int4")
+    yield "cache: fp8", "fp8.*CPU.*bfloat16", lambda: ops.cache(1, 16, 1, 8, "fp8_e4m3")
+    yield "cache: scale", "k_scale.*fp8", lambda: ops.cache(1, 16, 1, 8, k_scale=2.0)
+    yield "cache: no scale", "positive", lambda: ops.cache(1, 16, 1, 8, v_scale=0.0)
+    yield "activations", "computes in float32", lambda: _core.Ops(activation_dtype="bfloat16")
+    yield "isa of a card", "isa.*cuda", lambda: _core.Ops("cuda", "portable")
     yield "copy: block", "out of range", lambda: ops.copy_blocks(cache, [(0, 4)])
     yield "copy: negative", "out of range", lambda: ops.copy_blocks(cache, [(-1, 0)])
 
@@ -804,6 +910,7 @@ def bad_calls() -> Iterator[Any]:
     yield "attention: columns", "columns", attend(q=f(3, 15), out=f(3, 15))
     yield "attention: heads", "multiple", attend(q=f(3, 24), out=f(3, 24))
     yield "attention: window", "window", attend(window=-1)
+    yield "attention: softcap", "softcap", attend(softcap=-1.0)
     yield "attention: out", "out", attend(out=f(3, 8))
 
     yield "sample: field", "temprature", sample(temprature=1.0)
@@ -826,3 +933,39 @@ def test_bad_calls_are_refused(message: str | None, call: Any) -> None:
     """ValueError that names the culprit; what is no array of that type at all is a TypeError."""
     with pytest.raises(ValueError if message else TypeError, match=message):
         call()
+
+
+def test_what_a_card_cannot_do_is_refused() -> None:
+    """With the list of what it can."""
+    assert ops_for("staged_cpu").activation_dtype == "float32"
+    if not _core.cuda_devices():
+        with pytest.raises(RuntimeError, match="CUDA cannot be used: ."):
+            _core.Ops("cuda")
+    for device in ref.CUDA:
+        ops, dtype = ops_for(device), ref.activation_dtype(device)
+        assert ops.activation_dtype == dtype
+        x = np.ones((4, 4), np.float32)
+        with pytest.raises(ValueError, match=f"float32.*{dtype}"):
+            ops.weight(x)
+        with pytest.raises(ValueError, match=f"float32.*{dtype}.*fp8_e4m3"):
+            ops.cache(4, 16, 2, 64)
+        with pytest.raises(ValueError, match="head_dim 80.*64, 96, 128, 256"):
+            ops.cache(4, 16, 2, 80, dtype)
+        with pytest.raises(ValueError, match="block_size.*multiple of 16.*8"):
+            ops.cache(4, 8, 2, 64, dtype)
+    if ref.CUDA:
+        with pytest.raises(ValueError, match="bfloat16 or float16.*float32"):
+            _core.Ops("cuda", activation_dtype="float32")
+
+
+def test_copies_for_a_card_change_nothing() -> None:
+    """The staging layer over a CPU, as over a card, gives the CPU's bits."""
+    rng, results = np.random.default_rng(13), []
+    x, w, b = normal(rng, 5, 70), normal(rng, 40, 70), normal(rng, 40)
+    for device in ("portable", "staged_cpu"):
+        ops, out = ops_for(device), np.empty((5, 40), np.float32)
+        ops.linear(x, ops.weight(w, dtype="float16", bias=b), out)
+        attended = Batch(device, [70, 20], dtype="bfloat16").run([(0, 3, 60), (1, 19, 1)])
+        results.append([out, *attended])
+    for plain, staged in zip(*results, strict=True):
+        assert_same(plain, staged)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nano_inference import LLM, EngineArgs, QueueFullError, SamplingParams
+from nano_inference import LLM, EngineArgs, QueueFullError, SamplingParams, _core
 from nano_inference import engine as engine_module
-from nano_inference.config import load_model
+from nano_inference.config import LoadedConfig, load_model
+from nano_inference.engine_args import default_graph_sizes, plan_cache, plan_engine
 from nano_inference.outputs import RequestOutput
 from nano_inference.random_model import save_safetensors, write_random_model
 
@@ -380,7 +381,7 @@ OPTIONS: dict[str, Option] = {
         "bfloat16", lambda llm: llm.engine.plan.weights < 4 * PARAMETERS, ["int8", None, 3]
     ),
     "kv_cache_dtype": Option(
-        "half", lambda llm: llm.engine.plan.kv_block == 8192 // 2, ["fp8", None, 3]
+        "half", lambda llm: llm.engine.plan.kv_block == 8192 // 2, ["fp8", "fp8_e4m3", None, 3]
     ),
     "max_model_len": Option(
         64, lambda llm: len(run(llm, "a", max_tokens=None).outputs[0].token_ids) == 62,
@@ -398,7 +399,7 @@ OPTIONS: dict[str, Option] = {
     "gpu_memory_utilization": Option(
         0.001,
         lambda llm: 0 < llm.stats["blocks_total"] * 8192 <= 0.001 * llm.engine.plan.available,
-        [0, 1.1, 1e-9, *NOT_A_NUMBER],
+        [0, 1.1, 1e-9, "x", float("nan"), float("inf")],
         {"max_num_seqs": 100_000, "max_num_batched_tokens": 100_000},
     ),
     "paged": Option(False, lambda llm: llm.stats["block_size"] == 2048, NOT_A_BOOL),
@@ -423,7 +424,9 @@ OPTIONS: dict[str, Option] = {
         30, lambda llm: len((run(llm, logprobs=30).outputs[0].logprobs or [[]])[0]) == 30,
         [-2, None, *NOT_AN_INT],
     ),
-    "device": Option("cpu", config("device", "cpu"), ["tpu", "cuda", None, 3]),
+    "device": Option("cpu", config("device", "cpu"), ["tpu", "cuda:x", "cuda:7777", None, 3]),
+    "async_scheduling": Option(True, config("overlap", True), ["yes", 1]),
+    "batch_invariant": Option(True, config("batch_invariant", True), [False, "yes", 1]),
     "num_threads": Option(
         3, lambda llm: llm.engine.core.device_name.endswith(", 3 threads"), [1025, *NOT_A_COUNT]
     ),
@@ -446,6 +449,8 @@ OWN_TESTS: dict[str, list[Any]] = {
     "download_dir": [3],
     "hf_token": [3],
     "seed": [2**64, *NOT_AN_INT],
+    "enforce_eager": [True, "yes", None],
+    "cudagraph_capture_sizes": [[1, 2], [], [0], [True], [1.5], "x", 5],
     "check_weights": NOT_A_BOOL,
     "use_tqdm_on_load": NOT_A_BOOL,
     "disable_log_stats": NOT_A_BOOL,
@@ -601,3 +606,180 @@ def test_log_stats(
     with caplog.at_level(logging.INFO), start(model_dir, disable_log_stats=disabled) as llm:
         run(llm)
     assert ("tokens/s" in caplog.text) is not disabled
+
+
+# -- Options on a card ----------------------------------------------------------------------------
+
+GB = 10**9
+# What Engine.plan_memory says of the card: 100 GB, of which 2 are in use.
+CARD = {
+    "weights": 16 * GB,
+    "activations": GB,
+    "kv_block": 2 * 10**6,
+    "block_size": 16,
+    "memory_total": 100 * GB,
+    "memory_available": 98 * GB,
+}
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """As if there were two cards; what is planned for them may be changed."""
+    sizes = dict(CARD)
+    monkeypatch.setattr(_core, "cuda_devices", lambda: ["NVIDIA H100", "NVIDIA H200"])
+    monkeypatch.setattr(_core, "cuda_error", lambda: "")
+    monkeypatch.setattr(_core.Engine, "plan_memory", staticmethod(lambda *_: sizes))
+    return sizes
+
+
+def on_cuda(model_dir: Path, **options: Any) -> tuple[EngineArgs, LoadedConfig]:
+    args = EngineArgs(**{"model": str(model_dir), "device": "cuda", **options})
+    return args, load_model(
+        model_dir, dtype=args.dtype, max_model_len=args.max_model_len, device="cuda"
+    )
+
+
+def cuda_config(model_dir: Path, **options: Any) -> _core.EngineConfig:
+    args, loaded = on_cuda(model_dir, **options)
+    return args.engine_config(loaded)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "index"),
+    [("auto", "cuda", 0), ("cuda", "cuda", 0), ("cuda:1", "cuda", 1), ("cpu", "cpu", 0)],
+)
+def test_device_with_cards(
+    card: dict[str, int], model_dir: Path, name: str, kind: str, index: int
+) -> None:
+    target = EngineArgs(device=name).target
+    assert (target.kind, target.index) == (kind, index)
+    config = cuda_config(model_dir, device=name)
+    assert (config.device, config.device_index) == (kind, index)
+
+
+def test_device_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "cuda_devices", lambda: [])
+    monkeypatch.setattr(_core, "cuda_error", lambda: "the driver is missing")
+    assert EngineArgs().target.kind == "cpu"
+    for name in ("cuda", "cuda:0"):
+        message = f"device='{name}' cannot be used: the driver is missing"
+        with pytest.raises(ValueError, match=message):
+            EngineArgs(device=name)
+
+
+def test_device_that_is_not_there(card: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="device must be a card that is here: cuda:0 to cuda:1"):
+        EngineArgs(device="cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float32"}, "dtype='float32' .*'bfloat16' and 'float16'"),
+        ({"kv_cache_dtype": "float"}, "kv_cache_dtype='float' .*'auto'.*'fp8'"),
+        ({"kv_cache_dtype": "half"}, "kv_cache_dtype='half' .*'auto', 'bfloat16' or 'fp8'"),
+        ({"block_size": 24}, "block_size=24 .*multiple of 16"),
+        ({"num_threads": 2}, "num_threads=2 .*device='cpu'"),
+        ({"isa": "portable"}, "isa='portable' .*device='cpu'"),
+        ({"isa": "portable", "device": "auto"}, r"on cuda \(device='auto'\)"),
+        ({"cudagraph_capture_sizes": [1, 300]}, r"cudagraph_capture_sizes has 300.*\(256\)"),
+        ({"cudagraph_capture_sizes": [1], "enforce_eager": True}, "cudagraph_capture_sizes"),
+    ],
+)
+def test_impossible_on_cuda(
+    card: dict[str, int], model_dir: Path, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        cuda_config(model_dir, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({}, {"dtype": "bfloat16", "kv_cache_dtype": "bfloat16", "batch_invariant": True}),
+        ({}, {"overlap": True, "max_num_seqs": 256, "max_num_batched_tokens": 8192}),
+        ({}, {"block_size": 16, "graph_sizes": default_graph_sizes(256)}),
+        ({"dtype": "half"}, {"dtype": "float16", "kv_cache_dtype": "float16"}),
+        ({"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "fp8_e4m3"}),
+        ({"kv_cache_dtype": "fp8_e4m3"}, {"kv_cache_dtype": "fp8_e4m3"}),
+        ({"kv_cache_dtype": "bfloat16"}, {"kv_cache_dtype": "bfloat16"}),
+        ({"batch_invariant": False}, {"batch_invariant": False}),
+        ({"async_scheduling": False}, {"overlap": False}),
+        ({"enforce_eager": True}, {"graph_sizes": []}),
+        ({"cudagraph_capture_sizes": [64, 1, 64]}, {"graph_sizes": [1, 64]}),
+        ({"block_size": 64, "paged": False}, {"block_size": 64, "paged": False}),
+        ({"max_num_batched_tokens": 100}, {"max_num_seqs": 100, "max_num_batched_tokens": 100}),
+        ({"max_num_seqs": 10_000}, {"max_num_batched_tokens": 10_000}),
+    ],
+)
+def test_config_on_cuda(
+    card: dict[str, int], model_dir: Path, options: dict[str, Any], want: dict[str, Any]
+) -> None:
+    config = cuda_config(model_dir, **options)
+    assert {name: getattr(config, name) for name in want} == want
+
+
+def test_graph_sizes() -> None:
+    assert default_graph_sizes(1) == [1]
+    assert default_graph_sizes(9) == [1, 2, 4, 8, 9]
+    assert default_graph_sizes(256)[:6] == [1, 2, 4, 8, 16, 24]
+    assert default_graph_sizes(256)[-2:] == [248, 256]
+    assert default_graph_sizes(300)[-3:] == [256, 288, 300]
+
+
+def test_plan_cache(
+    card: dict[str, int], model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NANO_INFERENCE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert plan_cache() == str(tmp_path / "xdg" / "nano_inference" / "gemm_plans.txt")
+    monkeypatch.setenv("NANO_INFERENCE_CACHE", str(tmp_path / "mine" / "deep"))
+    assert cuda_config(model_dir).plan_cache == str(tmp_path / "mine" / "deep" / "gemm_plans.txt")
+    assert (tmp_path / "mine" / "deep").is_dir()
+    monkeypatch.setenv("NANO_INFERENCE_CACHE", "/proc/nothing/can/be/written/here")
+    assert plan_cache() == "/proc/nothing/can/be/written/here/gemm_plans.txt"
+
+
+def test_the_engine_sizes_the_cache_on_cuda(card: dict[str, int], model_dir: Path) -> None:
+    """2048 tokens of 256 sequences are 32768 blocks, 65.5 GB; 90 - 2 - 17 GB are left."""
+    config, plan = plan_engine(*on_cuda(model_dir))
+    assert (config.num_blocks, config.memory_fraction) == (0, pytest.approx(0.9))
+    assert plan.num_blocks == 256 * 128
+    config, plan = plan_engine(*on_cuda(model_dir, gpu_memory_utilization=0.5))
+    assert (config.num_blocks, config.memory_fraction) == (0, 0.5)
+    assert plan.num_blocks == (50 - 2 - 17) * GB // card["kv_block"]
+
+
+def test_a_given_size_of_the_cache_on_cuda(card: dict[str, int], model_dir: Path) -> None:
+    config, plan = plan_engine(*on_cuda(model_dir, num_blocks=500))
+    assert config.num_blocks == plan.num_blocks == 500
+    config, _ = plan_engine(*on_cuda(model_dir, kv_cache_memory_bytes=GB))
+    assert config.num_blocks == 500
+    with pytest.raises(MemoryError, match="100.00 GB > 98.00 GB available"):
+        plan_engine(*on_cuda(model_dir, num_blocks=50_000))
+    with pytest.raises(ValueError, match="max_model_len=2048: num_blocks=3 gives 48 tokens"):
+        plan_engine(*on_cuda(model_dir, num_blocks=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({"weights": 88 * GB}, {}, ("weights 88.00 GB", "> 88.00 GB", "0.9 of the card's 100.00")),
+        ({"weights": 88 * GB}, {}, ("is 90.00 GB, and 2.00 GB are in use; take a smaller",)),
+        ({"memory_available": 17 * GB}, {}, ("> 7.00 GB", "83.00 GB are in use")),
+        ({"weights": 87 * GB - 10**8, "kv_block": 10**7}, {}, ("max_model_len=160 would fit",)),
+        ({}, {"gpu_memory_utilization": 0.1}, ("gpu_memory_utilization=0.1", "> 8.00 GB")),
+    ],
+)
+def test_what_does_not_fit_on_the_card(
+    card: dict[str, int],
+    model_dir: Path,
+    changes: dict[str, int],
+    options: dict[str, Any],
+    words: tuple[str, ...],
+) -> None:
+    card.update(changes)
+    with pytest.raises(MemoryError) as caught:
+        plan_engine(*on_cuda(model_dir, **options))
+    for word in ("does not fit", *words):
+        assert word in str(caught.value)

@@ -1,5 +1,6 @@
 """The promises that the engine itself keeps, as Python sees them. Faults and a stuck device are
-injected in tests/cpp/engine_test.cpp, where the inverse tests of promise 1 are, too."""
+injected in tests/cpp/engine_test.cpp, where the inverse tests of promise 1 are, too. What a card
+promises beyond these is in test_cuda_engine.py."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from engine_helpers import (
+    DEVICES,
     VOCAB,
     Results,
     all_blocks_back,
@@ -176,8 +178,9 @@ def test_same_bytes_from_a_running_engine() -> None:
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6])  # waiting, in the prompt, forking, decoding
 @pytest.mark.parametrize("n", [1, 3])
-def test_abort_frees_all_blocks_in_the_next_step(steps: int, n: int) -> None:
-    engine = make_engine(max_num_seqs=4, max_num_batched_tokens=40)
+@pytest.mark.parametrize("device", DEVICES)
+def test_abort_frees_all_blocks_in_the_next_step(device: str, steps: int, n: int) -> None:
+    engine = make_engine(device=device, max_num_seqs=4, max_num_batched_tokens=40)
     engine.submit(1, prompt(1, 90), params(100, n=n, temperature=1.0))
     engine.submit(2, prompt(2, 20), params(4))
     for _ in range(steps):
@@ -212,8 +215,9 @@ def test_stop_counts_as_finished_and_ends_one_choice() -> None:
 # -- 4: no request can take the engine down ------------------------------------------------------
 
 
-def test_bad_requests_are_refused_and_the_next_is_served() -> None:
-    engine = make_engine(num_blocks=4, max_waiting=2)
+@pytest.mark.parametrize("device", DEVICES)
+def test_bad_requests_are_refused_and_the_next_is_served(device: str) -> None:
+    engine = make_engine(device=device, num_blocks=4, max_waiting=2)
     for bad, words in [
         ([], "prompt is empty"),
         (prompt(1, 256), "max_model_len"),
@@ -247,6 +251,7 @@ def test_logits_full_of_nan_harm_nobody() -> None:
     engine = _core.Engine(_core.EngineConfig(num_blocks=64, check_invariants=True), model)
     for slot, values in random_weights(model).items():
         if slot == "embed.weight":
+            values = values.copy()
             values[130] = np.nan
         engine.load_weight(slot, values, "float32")
     engine.finish_loading()
@@ -267,8 +272,9 @@ def test_logits_full_of_nan_harm_nobody() -> None:
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_a_running_request_gets_a_token_in_every_step(policy: str) -> None:
-    engine = make_engine(max_num_seqs=6, max_num_batched_tokens=12, policy=policy)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_running_request_gets_a_token_in_every_step(device: str, policy: str) -> None:
+    engine = make_engine(device=device, max_num_seqs=6, max_num_batched_tokens=12, policy=policy)
     engine.submit(1, prompt(1, 10), params(80), priority=9)
     arrivals = iter(range(2, 30))
 
@@ -317,10 +323,14 @@ def test_stats_tell_idle_from_stuck() -> None:
 # -- 11: counters balance ------------------------------------------------------------------------
 
 
-def test_counters_balance_at_all_times() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_counters_balance_at_all_times(device: str, overlap: bool) -> None:
     engine = make_engine(
-        block_size=4,
-        num_blocks=40,
+        device=device,
+        overlap=overlap,
+        block_size=4 if device == "cpu" else 16,
+        num_blocks=40 if device == "cpu" else 10,
         max_model_len=80,
         max_num_seqs=6,
         max_num_batched_tokens=24,

@@ -1,10 +1,10 @@
 """The sampler against reference.py: the same processing in float64, Philox from its paper and an
-inverse CDF. A draw is compared token by token; where the uniform number or a cut lies so close to a
-boundary that rounding decides, either side is right, and that may happen only rarely."""
+inverse CDF, on every device of this machine. A draw is compared token by token; where the uniform
+number or a cut lies so close to a boundary that rounding decides, either side is right, and that
+may happen only rarely."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,20 @@ import numpy.typing as npt
 import pytest
 
 import reference as ref
-from nano_inference import _core
 
 Array = npt.NDArray[Any]
 Row = dict[str, Any]
 
-ISAS = _core.cpu_isas()
 NEAR = (
     1e-5  # relative distance to a cut, absolute to a step of the CDF, within which rounding decides
 )
 
-each_isa = pytest.mark.parametrize("isa", ISAS)
+each_device = pytest.mark.parametrize("device", ref.DEVICES)
 
 
-@functools.cache
-def ops_for(isa: str, threads: int = 2) -> _core.Ops:
-    return _core.Ops(isa=isa, num_threads=threads)
-
-
-def sample(isa: str, logits: Array, rows: list[Row], max_logprobs: int = 0) -> dict[str, Array]:
+def sample(device: str, logits: Array, rows: list[Row], max_logprobs: int = 0) -> dict[str, Array]:
     before = logits.copy()
-    got = ops_for(isa).sample(logits, rows, max_logprobs)
+    got = ref.ops_for(device).sample(logits, rows, max_logprobs)
     assert logits.tobytes() == before.tobytes(), "the caller's logits were changed"
     assert np.all((got["token_ids"] >= 0) & (got["token_ids"] < logits.shape[1]))
     return got
@@ -57,8 +50,8 @@ def accepted(logits: Array, row: Row) -> set[int]:
     return tokens
 
 
-def check_draws(isa: str, logits: Array, rows: list[Row], most_unclear: float = 0.02) -> None:
-    got = sample(isa, logits, rows)["token_ids"]
+def check_draws(device: str, logits: Array, rows: list[Row], most_unclear: float = 0.02) -> None:
+    got = sample(device, logits, rows)["token_ids"]
     unclear = 0
     for i, row in enumerate(rows):
         right = accepted(logits[i], row)
@@ -86,8 +79,8 @@ def test_philox_reference() -> None:
         assert ref.philox4x32(key, counter) == answer
 
 
-@each_isa
-def test_key_of_a_draw(isa: str) -> None:
+@each_device
+def test_key_of_a_draw(device: str) -> None:
     """Seed (64 bits), choice (32 bits) and position each enter the draw, and nothing else does:
     over equally likely tokens the token is floor(u * vocab)."""
     rng, vocab = np.random.default_rng(1), 1000
@@ -104,7 +97,7 @@ def test_key_of_a_draw(isa: str) -> None:
         for _ in range(300)
     ]
     rows = [dict(seed=s, choice=c, position=p) for s, c, p in keys]
-    got = sample(isa, np.zeros((len(rows), vocab), np.float32), rows)["token_ids"]
+    got = sample(device, np.zeros((len(rows), vocab), np.float32), rows)["token_ids"]
     u = np.array([ref.uniform(*key) for key in keys])
     clear = np.abs(u * vocab - np.round(u * vocab)) > 1e-3
     assert clear.sum() > 0.95 * len(rows)
@@ -160,20 +153,20 @@ def extras(rng: np.random.Generator, vocab: int, kind: str) -> Row:
     return out
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("kind", ["counts", "bias", "mask", "all"])
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_parameter(isa: str, name: str, kind: str) -> None:
+def test_parameter(device: str, name: str, kind: str) -> None:
     vocab, rng = 97, np.random.default_rng(2)
     rows = [
         dict(PARAMETERS[name], **extras(rng, vocab, kind), seed=i, choice=i % 3, position=7 * i)
         for i in range(60)
     ]
-    check_draws(isa, random_logits(3, len(rows), vocab), rows)
+    check_draws(device, random_logits(3, len(rows), vocab), rows)
 
 
-@each_isa
-def test_frequencies(isa: str) -> None:
+@each_device
+def test_frequencies(device: str) -> None:
     """20 000 draws of one row land on the tokens in proportion; the others stay away."""
     logits, draws = random_logits(4, 1, 40, 1.5), 20_000
     for row in (
@@ -183,7 +176,7 @@ def test_frequencies(isa: str) -> None:
         dict(min_p=0.1, temperature=0.7),
     ):
         rows = [dict(row, seed=99, position=i) for i in range(draws)]
-        got = sample(isa, np.repeat(logits, draws, 0), rows)["token_ids"]
+        got = sample(device, np.repeat(logits, draws, 0), rows)["token_ids"]
         p = ref.probabilities(logits[0], row)
         counts = np.bincount(got, minlength=40)
         assert counts[p == 0].sum() == 0
@@ -193,11 +186,11 @@ def test_frequencies(isa: str) -> None:
         assert chi2 < freedom + 6 * np.sqrt(2 * freedom) + 10, row
 
 
-@each_isa
-def test_processing_is_seen_by_its_edges(isa: str) -> None:
+@each_device
+def test_processing_is_seen_by_its_edges(device: str) -> None:
     """Small cases whose answer can be read off."""
     x = np.array([[3.0, 2.0, 1.0, 0.0]], np.float32)
-    got = lambda **row: int(sample(isa, x, [row])["token_ids"][0])  # noqa: E731
+    got = lambda **row: int(sample(device, x, [row])["token_ids"][0])  # noqa: E731
     greedy = dict(temperature=0.0)
     assert got(**greedy) == 0
     assert got(**greedy, bias={0: -np.inf}) == 1
@@ -214,11 +207,11 @@ def test_processing_is_seen_by_its_edges(isa: str) -> None:
     # A negative logit gets more negative: -1 * 2 < -1.5.
     y = np.array([[-1.0, -1.5]], np.float32)
     row = dict(temperature=0.0, repetition_penalty=2.0, counts={0: 1})
-    assert sample(isa, y, [row])["token_ids"][0] == 1
+    assert sample(device, y, [row])["token_ids"][0] == 1
 
 
-@each_isa
-def test_ties(isa: str) -> None:
+@each_device
+def test_ties(device: str) -> None:
     """Equal logits: top-k keeps exactly k and top-p just enough, lower ids first."""
     x = np.zeros((400, 50), np.float32)
     x[:, 20:30] = 1.0
@@ -231,21 +224,21 @@ def test_ties(isa: str) -> None:
         (dict(top_k=4, top_p=0.5), {20, 21}),
     ]:
         rows = [dict(row, seed=i) for i in range(len(x))]
-        assert set(sample(isa, x, rows)["token_ids"].tolist()) == support, row
+        assert set(sample(device, x, rows)["token_ids"].tolist()) == support, row
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("temperature", [1e-4, 0.02, 1e4, 1e30])
-def test_extreme_temperatures(isa: str, temperature: float) -> None:
+def test_extreme_temperatures(device: str, temperature: float) -> None:
     """No overflow, and what is banned stays banned however hot it is."""
     mask = np.arange(200) % 3 == 0
     rows = [dict(temperature=temperature, seed=i, mask=mask, bias={0: -np.inf}) for i in range(200)]
     logits = random_logits(5, 200, 200, 10)
-    check_draws(isa, logits, rows)
+    check_draws(device, logits, rows)
 
 
-@each_isa
-def test_large_vocabulary(isa: str) -> None:
+@each_device
+def test_large_vocabulary(device: str) -> None:
     vocab, rng = 151_936, np.random.default_rng(6)
     rows: list[Row] = [
         {},
@@ -261,7 +254,7 @@ def test_large_vocabulary(isa: str) -> None:
     ]
     rows = [dict(row, seed=i) for i, row in enumerate(rows)]
     logits = random_logits(7, len(rows), vocab, 2.5)
-    check_draws(isa, logits, rows, most_unclear=0.5)  # a step of the CDF is often below 1e-5
+    check_draws(device, logits, rows, most_unclear=0.5)  # a step of the CDF is often below 1e-5
 
 
 # -- Log-probabilities ----------------------------------------------------------------------------
@@ -282,8 +275,8 @@ def check_logprobs(logits: Array, got: dict[str, Array], asked: list[int]) -> No
         )
 
 
-@each_isa
-def test_logprobs_are_raw(isa: str) -> None:
+@each_device
+def test_logprobs_are_raw(device: str) -> None:
     """Before bias, mask, penalties and temperature; asked for row by row."""
     rng = np.random.default_rng(8)
     asked = [-1, 0, 1, 5, 20, 3, -1, 20] * 5
@@ -292,14 +285,14 @@ def test_logprobs_are_raw(isa: str) -> None:
         dict(PENALTIES, temperature=2.0, seed=i, num_logprobs=n, **extras(rng, 333, "all"))
         for i, n in enumerate(asked)
     ]
-    got = sample(isa, logits, rows, max_logprobs=20)
+    got = sample(device, logits, rows, max_logprobs=20)
     check_logprobs(logits, got, asked)
     plain = [dict(row, num_logprobs=-1) for row in rows]
-    np.testing.assert_array_equal(got["token_ids"], sample(isa, logits, plain)["token_ids"])
+    np.testing.assert_array_equal(got["token_ids"], sample(device, logits, plain)["token_ids"])
 
 
-@each_isa
-def test_logprobs_of_targets(isa: str) -> None:
+@each_device
+def test_logprobs_of_targets(device: str) -> None:
     """A target is scored, not drawn, whatever the other fields say."""
     rng = np.random.default_rng(10)
     logits = random_logits(11, 30, 101)
@@ -308,27 +301,27 @@ def test_logprobs_of_targets(isa: str) -> None:
         dict(target=int(t), num_logprobs=i % 4, temperature=0.0, mask=np.zeros(101, bool))
         for i, t in enumerate(targets)
     ]
-    got = sample(isa, logits, rows, max_logprobs=4)
+    got = sample(device, logits, rows, max_logprobs=4)
     np.testing.assert_array_equal(got["token_ids"], targets)
     check_logprobs(logits, got, [row["num_logprobs"] for row in rows])
 
 
-@each_isa
-def test_logprobs_with_ties_and_all_tokens(isa: str) -> None:
+@each_device
+def test_logprobs_with_ties_and_all_tokens(device: str) -> None:
     logits = np.round(random_logits(12, 6, 32, 1.0))
     rows = [dict(num_logprobs=32, seed=i) for i in range(6)]
-    check_logprobs(logits, sample(isa, logits, rows, max_logprobs=32), [32] * 6)
+    check_logprobs(logits, sample(device, logits, rows, max_logprobs=32), [32] * 6)
 
 
-@each_isa
-def test_logprobs_far_apart_and_large(isa: str) -> None:
+@each_device
+def test_logprobs_far_apart_and_large(device: str) -> None:
     """Precise where a plain fp32 sum would not be: 151 936 tokens, and logits around 1e4."""
     even = np.zeros((1, 151_936), np.float32)
-    got = sample(isa, even, [dict(num_logprobs=2)], 2)
+    got = sample(device, even, [dict(num_logprobs=2)], 2)
     assert np.isclose(got["logprobs"][0], -np.log(151_936), rtol=1e-6)
     assert got["top_ids"][0].tolist() == [0, 1]
     large = np.array([[1e4, 1e4 - 1, -1e4, 0]], np.float32)
-    got = sample(isa, large, [dict(num_logprobs=4, target=2)], 4)
+    got = sample(device, large, [dict(num_logprobs=4, target=2)], 4)
     check_logprobs(large, got, [4])
 
 
@@ -360,17 +353,17 @@ ROWS: list[Row] = [
 ]
 
 
-@each_isa
+@each_device
 @pytest.mark.parametrize("name", HOPELESS)
-def test_bad_logits_never_crash(isa: str, name: str) -> None:
+def test_bad_logits_never_crash(device: str, name: str) -> None:
     """Some token of the vocabulary comes out, the masked-out ones never, and the neighbour's row is
     as it would be alone."""
     x = np.array([HOPELESS[name]] * (len(ROWS) * 2), np.float32)
     good = random_logits(13, len(ROWS), 40)
     x[1::2] = good
     rows = [dict(ROWS[i // 2], seed=i, num_logprobs=3) for i in range(len(x))]
-    got = sample(isa, x, rows, max_logprobs=3)
-    alone = sample(isa, good, rows[1::2], max_logprobs=3)
+    got = sample(device, x, rows, max_logprobs=3)
+    alone = sample(device, good, rows[1::2], max_logprobs=3)
     for key in got:
         assert got[key][1::2].tobytes() == alone[key].tobytes(), key
     for i, row in enumerate(rows):
@@ -380,22 +373,22 @@ def test_bad_logits_never_crash(isa: str, name: str) -> None:
         assert len(set(ids.tolist())) == 3 and ids.min() >= 0 and ids.max() < 40
 
 
-@each_isa
-def test_nan_counts_as_impossible(isa: str) -> None:
+@each_device
+def test_nan_counts_as_impossible(device: str) -> None:
     x = random_logits(14, 300, 30)
     x[:, ::2] = NAN
     rows = [dict(seed=i, **(dict(top_k=4) if i % 2 else dict(top_p=0.9))) for i in range(300)]
-    check_draws(isa, x, rows)
-    assert sample(isa, x, [dict(temperature=0.0)] * 300)["token_ids"].min() % 2 == 1
+    check_draws(device, x, rows)
+    assert sample(device, x, [dict(temperature=0.0)] * 300)["token_ids"].min() % 2 == 1
 
 
-@each_isa
-def test_everything_banned_falls_back_to_the_mask(isa: str) -> None:
+@each_device
+def test_everything_banned_falls_back_to_the_mask(device: str) -> None:
     """The best raw logit that the mask allows; without a mask, the best."""
     x = random_logits(15, 2, 40)
     mask = np.arange(40) % 7 == 3
     ban = {i: -INF for i in range(40)}
-    got = sample(isa, x, [dict(bias=ban), dict(bias=ban, mask=mask)])["token_ids"]
+    got = sample(device, x, [dict(bias=ban), dict(bias=ban, mask=mask)])["token_ids"]
     assert got[0] == x[0].argmax()
     assert got[1] == np.where(mask, x[1], -INF).argmax()
 
@@ -403,8 +396,8 @@ def test_everything_banned_falls_back_to_the_mask(isa: str) -> None:
 # -- Promise 1 ------------------------------------------------------------------------------------
 
 
-@each_isa
-def test_rows_are_independent(isa: str) -> None:
+@each_device
+def test_rows_are_independent(device: str) -> None:
     """A row alone, in a batch, on one thread or two: the same bits."""
     rng, vocab, count = np.random.default_rng(16), 2053, 33
     rows: list[Row] = []
@@ -413,18 +406,18 @@ def test_rows_are_independent(isa: str) -> None:
         kind = ("counts", "bias", "mask", "all")[i % 4]
         rows.append(dict(values, **extras(rng, vocab, kind), seed=i, num_logprobs=i % 6))
     logits = random_logits(17, count, vocab)
-    whole = ops_for(isa, 2).sample(logits, rows, 5)
+    whole = ref.ops_for(device, 2).sample(logits, rows, 5)
     for threads in (1, 2):
         for i in range(count):
-            alone = ops_for(isa, threads).sample(logits[i : i + 1], rows[i : i + 1], 5)
+            alone = ref.ops_for(device, threads).sample(logits[i : i + 1], rows[i : i + 1], 5)
             for key, value in alone.items():
                 assert value[0].tobytes() == whole[key][i].tobytes(), f"{key} of row {i}"
 
 
-def test_instruction_sets_draw_alike() -> None:
+def test_devices_draw_alike() -> None:
     """Not promised bit for bit; but the same draws, since the cuts rarely lie on a boundary."""
     logits = random_logits(18, 200, 500)
     rows = [dict(top_p=0.9, seed=i) for i in range(200)]
-    drawn = [sample(isa, logits, rows)["token_ids"] for isa in ISAS]
+    drawn = [sample(d, logits, rows)["token_ids"] for d in ref.DEVICES]
     for other in drawn[1:]:
         assert (other != drawn[0]).sum() <= 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from nano_inference import _core
 from nano_inference.cli import main
 from nano_inference.engine_args import EngineArgs
 from nano_inference.server.args import (
@@ -42,6 +43,8 @@ def other_value(known: Option, tmp_path: Path) -> tuple[str, str, Any]:
         return value, repr(value), value
     if known.name == "isa":
         return "portable", "'portable'", "portable"
+    if known.name == "device":
+        return "cpu", "'cpu'", "cpu"
     if known.name == "root_path":
         return "/llm", "'/llm'", "/llm"
     if known.kind == "bool":
@@ -49,6 +52,8 @@ def other_value(known: Option, tmp_path: Path) -> tuple[str, str, Any]:
         return str(value).lower(), str(value).lower(), value
     if known.kind == "int":
         return "17", "17", 17
+    if known.kind == "list[int]":
+        return "4,2", "[4, 2]", [4, 2]
     if known.kind == "Size":
         return "3MiB", "'3MiB'", 3 << 20
     if known.kind == "float":
@@ -64,7 +69,17 @@ WITH: dict[str, dict[str, Any]] = {
     "ssl_ca_certs": {"ssl_certfile": __file__},
     "allow_credentials": {"allowed_origins": ["https://example.org"]},
     "enable_chunked_prefill": {"max_num_batched_tokens": 4096},
+    "enforce_eager": {"device": "cuda"},
+    "cudagraph_capture_sizes": {"device": "cuda"},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_card(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Some options need a card, the others none."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    has_card = WITH.get(str(name), {}).get("device") == "cuda"
+    monkeypatch.setattr(_core, "cuda_devices", lambda: ["NVIDIA H200"] * has_card)
 
 
 def with_flags(name: str) -> dict[str, Any]:
@@ -115,6 +130,13 @@ def test_precedence(tmp_path: Path) -> None:
     assert load_args({"config": str(other)}, environ).port == 5
 
 
+def test_lists_of_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_core, "cuda_devices", lambda: ["NVIDIA H200"])
+    for text in ("1,2, 8", "[1, 2, 8]"):
+        environ = {"NANO_INFERENCE_CUDAGRAPH_CAPTURE_SIZES": text}
+        assert load_args({"device": "cuda"}, environ).cudagraph_capture_sizes == [1, 2, 8]
+
+
 def test_lists() -> None:
     assert load_args({"api_key": ("a,b", "c")}, {}).api_key == ["a,b", "c"]
     assert load_args({"allowed_origins": ('["x", "y"]',)}, {}).allowed_origins == ["x", "y"]
@@ -136,6 +158,13 @@ def test_lists() -> None:
          "0, false, no, off, got 'maybe' (from NANO_INFERENCE_ACCESS_LOG)"),
         ({}, {"NANO_INFERENCE_PORT": "tcp://10.0.0.1:8000"}, "", "Kubernetes"),
         ({"isa": "sse"}, {}, "", "isa must be one of"),
+        ({"device": "tpu"}, {}, "", "device must be 'auto', 'cpu', 'cuda', or"),
+        ({}, {"NANO_INFERENCE_DEVICE": "cuda"}, "", "(from NANO_INFERENCE_DEVICE)"),
+        ({"kv_cache_dtype": "fp8"}, {}, "", "only CUDA has caches of this type (from --kv-cache-"),
+        ({"enforce_eager": True}, {}, "", "enforce_eager=True is not possible on cpu"),
+        ({"cudagraph_capture_sizes": "1,x"}, {}, "", "a list of integers, as 1,2,4, got '1,x'"),
+        ({"cudagraph_capture_sizes": "0"}, {}, "", "cudagraph_capture_sizes must be an integer of"),
+        ({}, {}, "cudagraph_capture_sizes = []", "cudagraph_capture_sizes must be a list"),
         ({"isa": "sse"}, {}, "", "(from --isa)"),
         ({"max_num_seqs": "8"}, {"NANO_INFERENCE_MAX_NUM_BATCHED_TOKENS": "4"}, "",
          "(from NANO_INFERENCE_MAX_NUM_BATCHED_TOKENS, --max-num-seqs)"),
@@ -179,6 +208,7 @@ def test_unknown_variables_are_told() -> None:
         "NANO_INFERENCE_PRT": "1",
         "NANO_INFERENCE_PORT": "1",
         "NANO_INFERENCE_CONFIG": "x",
+        "NANO_INFERENCE_CACHE": "x",
         "NANO_INFERENCE_SERVICE_HOST": "10.0.0.1",
         "NANO_INFERENCE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
         "HOME": "/",
@@ -209,8 +239,12 @@ def test_keys_of_flags_and_file(tmp_path: Path) -> None:
     assert "first" not in repr(args) and "hf-secret" not in repr(args)
 
 
-def test_the_engine_gets_all_of_its_options(tmp_path: Path) -> None:
+def test_the_engine_gets_all_of_its_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for field in dataclasses.fields(EngineArgs):
+        cards = ["NVIDIA H200"] if "device" in WITH.get(field.name, {}) else []
+        monkeypatch.setattr(_core, "cuda_devices", lambda cards=cards: cards)
         if field.name in NOT_SERVED:
             assert field.name not in OPTIONS
             continue

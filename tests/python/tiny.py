@@ -74,10 +74,11 @@ def build_engine(
     path: Path, *, dtype: str = "auto", max_model_len: int | None = None, **engine_config: Any
 ) -> _core.Engine:
     """A loaded engine, to be stepped by hand."""
-    loaded = load_model(path, dtype=dtype, max_model_len=max_model_len)
+    device = engine_config.get("device", "cpu")
+    loaded = load_model(path, dtype=dtype, max_model_len=max_model_len, device=device)
     options = {
-        "device": "cpu",
-        "num_threads": 2,
+        "device": device,
+        "num_threads": 2 if device == "cpu" else 0,
         "dtype": loaded.dtype,
         "kv_cache_dtype": loaded.dtype,
         "block_size": 16,

@@ -20,7 +20,7 @@ from .work import Work
 
 T = TypeVar("T")
 
-MEDIUM = {
+MEDIUM: dict[str, Any] = {
     "vocab_size": 16_384,
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -29,7 +29,7 @@ MEDIUM = {
     "num_kv_heads": 8,
     "head_dim": 128,
 }
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -175,7 +175,9 @@ class Lab:
         path = bundled_model(DEFAULT)
         assert path is not None
         args = EngineArgs(model=str(path), **{**self._defaults(), **options})
-        loaded = load_model(path, dtype=args.dtype, max_model_len=args.max_model_len)
+        loaded = load_model(
+            path, dtype=args.dtype, max_model_len=args.max_model_len, device=args.target.kind
+        )
         config, _ = plan_engine(args, loaded)
         core = _core.Engine(config, loaded.model_config)
         load_weights(core, path, loaded, progress=False)
@@ -212,6 +214,6 @@ def _closing(bench: Bench) -> Iterator[Bench]:
 
 
 def choose_device(name: str) -> str:
-    """auto is the CPU, where every experiment but a few of stage 4 has a meaning. ValueError for
-    one that this build does not know."""
+    """auto is the CPU, where every experiment but a few of stage 4 has a meaning. ValueError,
+    saying why, for one that cannot be used here."""
     return "cpu" if name == "auto" else EngineArgs(device=name).device

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 
 ENV_PREFIX = "NANO_INFERENCE_"
 # Variables of that prefix which are no options of the server.
-OTHER_VARIABLES = ("NANO_INFERENCE_CONFIG", "NANO_INFERENCE_CPU_ISA")
+OTHER_VARIABLES = (
+    "NANO_INFERENCE_CONFIG",
+    "NANO_INFERENCE_CPU_ISA",
+    "NANO_INFERENCE_CACHE",
+)
 GROUPS = ("Model", "Engine", "Cache", "API", "Server", "Security", "Limits", "Logging")
 
 Size = int  # a field of this type also takes 4GB, 16MiB, …
@@ -42,7 +46,7 @@ class Option:
     name: str
     group: str
     kind: str
-    """str, int, float, bool, Size, or list[str]."""
+    """str, int, float, bool, Size, list[str] or list[int]."""
     optional: bool
     """None is possible: whatever `unset` says then applies."""
     default: Any
@@ -68,7 +72,7 @@ class Option:
         if self.default in (None, [], ""):
             return self.unset
         if isinstance(self.default, list):
-            return ",".join(self.default)
+            return ",".join(map(str, self.default))
         if self.kind == "bool":
             return "on" if self.default else "off"
         if self.kind == "Size" and self.default % 2**20 == 0:
@@ -89,6 +93,11 @@ class Option:
         elif self.kind == "list[str]":
             if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
                 refuse(self.name, value, "a list of non-empty strings")
+        elif self.kind == "list[int]":
+            if not isinstance(value, list) or not value:
+                refuse(self.name, value, "a list of integers")
+            for entry in value:
+                check_int(self.name, entry, int(self.low), also=" (each of the list)")
         elif self.choices:
             check_choice(self.name, value, self.choices)
         elif not isinstance(value, str) or not value:
@@ -105,6 +114,8 @@ class Option:
             refuse(self.name, text, "1, true, yes, on, or 0, false, no, off")
         if self.kind == "list[str]":
             return _parse_list(self.name, text)
+        if self.kind == "list[int]":
+            return _parse_integers(self.name, text)
         if self.kind == "Size":
             try:
                 return parse_size(text)
@@ -120,7 +131,7 @@ class Option:
 
     def from_toml(self, value: Any) -> Any:
         """TOML has types of its own; sizes and lists may be text there, too."""
-        if isinstance(value, str) and self.kind in ("Size", "list[str]"):
+        if isinstance(value, str) and self.kind in ("Size", "list[str]", "list[int]"):
             return self.parse(value)
         return value
 
@@ -133,6 +144,14 @@ def _parse_list(name: str, text: str) -> list[str]:
         except ValueError:
             refuse(name, text, "a,b,c or a JSON list of strings")
     return [part.strip() for part in text.split(",")]
+
+
+def _parse_integers(name: str, text: str) -> list[int]:
+    """1,2,4 or [1, 2, 4]."""
+    try:
+        return [int(part) for part in text.removeprefix("[").removesuffix("]").split(",")]
+    except ValueError:
+        refuse(name, text, "a list of integers, as 1,2,4")
 
 
 def option(
@@ -158,6 +177,7 @@ def option(
 
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_KV_DTYPES = (*_DTYPES, "fp8", "fp8_e4m3")
 _NONE = "none"
 
 
@@ -192,19 +212,24 @@ class ServeArgs(metaclass=NamedFields):
     )
     check_weights: bool = option("Model", "Refuse weights that are NaN or infinite.", False)
     # -- Engine --
-    device: str = option("Engine", "What runs the model.", "auto", choices=("auto", "cpu"))
+    device: str = option(
+        "Engine",
+        "What runs the model: cpu, cuda, cuda:N for card N, or auto: cuda where it can be used.",
+        "auto",
+    )
     num_threads: int | None = option("Engine", "CPU threads.", unset="all", low=1, high=1024)
     isa: str | None = option("Engine", "CPU instruction set (see info).", unset="the best")
     max_num_seqs: int | None = option(
         "Engine",
         "Most sequences in a step.",
-        unset="128, or max_num_batched_tokens if that is less",
+        unset="256 on CUDA, 128 on the CPU, or max_num_batched_tokens if that is less",
         low=1,
     )
     max_num_batched_tokens: int | None = option(
         "Engine",
         "Most tokens in a step.",
-        unset="128, at least max_num_seqs; without chunked prefill at least max_model_len",
+        unset="8192 on CUDA, 128 on the CPU, at least max_num_seqs; without chunked prefill at "
+        "least max_model_len",
         low=1,
     )
     enable_chunked_prefill: bool = option(
@@ -218,6 +243,23 @@ class ServeArgs(metaclass=NamedFields):
     )
     static_batching: bool = option(
         "Engine", "Start a batch only when the one before has ended, for comparison.", False
+    )
+    batch_invariant: bool | None = option(
+        "Engine",
+        "The same bytes for a request whatever runs beside it. Off only on CUDA.",
+        unset="on",
+    )
+    async_scheduling: bool | None = option(
+        "Engine",
+        "Launch a step before the tokens of the one before have arrived.",
+        unset="on with CUDA",
+    )
+    enforce_eager: bool = option("Engine", "CUDA: no CUDA graphs.", False)
+    cudagraph_capture_sizes: list[int] | None = option(
+        "Engine",
+        "CUDA: numbers of sequences for which decoding is captured as a graph.",
+        unset="1, 2, 4, 8, 16, … to max_num_seqs",
+        low=1,
     )
     max_logprobs: int = option(
         "Engine", "Largest number of logprobs of a request; -1: the vocabulary.", 20, low=-1
@@ -234,7 +276,9 @@ class ServeArgs(metaclass=NamedFields):
         "Engine", "Check the engine's bookkeeping after every step (slow; for tests).", False
     )
     # -- Cache --
-    kv_cache_dtype: str = option("Cache", "Of the KV cache.", "auto", choices=_DTYPES)
+    kv_cache_dtype: str = option(
+        "Cache", "Of the KV cache; fp8 only on CUDA.", "auto", choices=_KV_DTYPES
+    )
     kv_cache_memory_bytes: Size | None = option(
         "Cache",
         "Size of the KV cache: bytes, or as 4GB.",
@@ -243,10 +287,11 @@ class ServeArgs(metaclass=NamedFields):
         high=2**62,
         aliases=("--kv-cache-memory",),
     )
-    gpu_memory_utilization: float = option(
+    gpu_memory_utilization: float | None = option(
         "Cache",
-        "Share of the memory left free by the weights that the KV cache may take.",
-        0.5,
+        "CUDA: share of the card's memory for all of it; CPU: share of the memory left free by the "
+        "weights that the KV cache may take.",
+        unset="0.9 on CUDA, 0.5 on the CPU",
         above=True,
     )
     num_blocks: int | None = option(
@@ -256,7 +301,7 @@ class ServeArgs(metaclass=NamedFields):
         low=1,
         aliases=("--num-gpu-blocks-override",),
     )
-    block_size: int = option("Cache", "Tokens in a block.", 16, low=1)
+    block_size: int = option("Cache", "Tokens in a block; CUDA: multiples of 16.", 16, low=1)
     enable_prefix_caching: bool = option(
         "Cache", "Keep the cache of finished requests for prompts that begin alike.", True
     )

@@ -9,7 +9,14 @@ import click
 
 from .args import GROUPS, OPTIONS, Option, load_args
 
-_METAVARS = {"int": "N", "float": "X", "Size": "SIZE", "str": "TEXT", "list[str]": "TEXT"}
+_METAVARS = {
+    "int": "N",
+    "float": "X",
+    "Size": "SIZE",
+    "str": "TEXT",
+    "list[str]": "TEXT",
+    "list[int]": "N,N,…",
+}
 
 
 class SchemaOption(click.Option):

@@ -1,0 +1,91 @@
+// How the attention kernels are launched: tile sizes, pipeline depths and shared memory as
+// functions of the card and of the cache's element size. Pure host code, so that it is tested
+// without a GPU.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace ni::cuda {
+
+// Cuts of the context, at absolute multiples; part of the arithmetic (attention.cuh).
+inline constexpr int kTile = 64;      // tokens of a softmax step
+inline constexpr int kKvChunk = 256;  // tokens whose sums are closed before they are merged
+static_assert(kKvChunk % kTile == 0);
+
+// Cuts of the work (AttnTiling).
+inline constexpr int kDecodeRows = 4;     // most query rows of a sequence in attention_decode
+inline constexpr int kPrefillRows = 128;  // query rows of a prefill item
+inline constexpr int kMmaRows = 16;       // rows of an m16n8k16 product
+inline constexpr int kDecodeThreads = 128;
+
+inline constexpr bool is_attention_head_dim(int head_dim) {
+  return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
+}
+
+// A CTA of the decode kernel: one 16-row tile, a ring of `stages` pairs of a K and a V tile.
+struct DecodePlan {
+  int stages = 0;
+  int smem = 0;         // bytes of dynamic shared memory
+  int ctas_per_sm = 0;  // that fit
+};
+
+// A CTA of the mma.sync prefill kernel: 16 query rows a warp.
+struct PrefillPlan {
+  int rows = 0;    // query rows of a CTA, a divisor of kPrefillRows
+  int stages = 0;  // pairs of a K and a V tile
+  int smem = 0;    // bytes of dynamic shared memory
+};
+
+// Columns of the output that one CTA of the prefill kernel makes: sums of a chunk and totals stay
+// in registers. Wider heads are shared by two CTAs, which both compute the scores.
+inline constexpr int prefill_out_cols(int head_dim) {
+  return std::min(head_dim, 128);
+}
+
+// 1 KB of shared memory of every CTA is the system's.
+inline constexpr int ctas_that_fit(int smem_per_sm, int smem) {
+  return smem_per_sm / (smem + 1024);
+}
+
+// P of a decode tile [16][72] in 16 bits (8 elements of padding against bank conflicts), the row
+// maxima of four warps, and a flag. Before q [16][head_dim] and the ring.
+inline constexpr int kDecodePStride = kTile + 8;
+inline constexpr int kDecodeExtraSmem = kMmaRows * kDecodePStride * 2 + 4 * kMmaRows * 4 + 128;
+static_assert(kDecodeExtraSmem % 128 == 0);
+
+// The fewest stages that keep 64 KB in flight on a multiprocessor (latency times bandwidth needs
+// about 30), else those that keep the most: many small CTAs hide each other's softmax.
+inline constexpr DecodePlan plan_decode(int max_smem, int smem_per_sm, int head_dim, int kv_bytes) {
+  constexpr int kMaxStages = 4, kInFlight = 64 * 1024;
+  const int max_ctas = head_dim > 128 ? 2 : 4;  // by registers
+  const int pair = 2 * kTile * head_dim * kv_bytes;
+  DecodePlan best;
+  int best_bytes = -1;
+  for (int stages = 1; stages <= kMaxStages; ++stages) {
+    const int smem = kDecodeExtraSmem + kMmaRows * head_dim * 2 + stages * pair;
+    const int ctas = std::min(max_ctas, ctas_that_fit(smem_per_sm, smem));
+    if (smem > max_smem || ctas == 0) break;
+    const int bytes = ctas * (stages - 1) * pair;
+    if (bytes > best_bytes) {
+      best = {stages, smem, ctas};
+      best_bytes = bytes;
+    }
+    if (bytes >= kInFlight) break;
+  }
+  return best;
+}
+
+// Two stages rather than one, then as many rows as fit.
+inline constexpr PrefillPlan plan_prefill(int max_smem, int head_dim, int kv_bytes) {
+  const int pair = kTile * (head_dim + prefill_out_cols(head_dim)) * kv_bytes;
+  for (int stages = 2; stages >= 1; --stages) {
+    for (int rows = kPrefillRows; rows >= kPrefillRows / 2; rows /= 2) {
+      const int smem = rows * head_dim * 2 + stages * pair;
+      if (smem <= max_smem) return {rows, stages, smem};
+    }
+  }
+  return {};
+}
+
+}  // namespace ni::cuda

@@ -1,0 +1,654 @@
+// Prefill attention on Hopper's warpgroup instructions: out = softmax(q K^T scale) V for tiles of
+// 128 query rows, with the arithmetic of attention.cuh, so the same bits as attention_prefill.cu.
+//
+// q, out: [T, heads, d]; K, V: [block][kv head][slot][d]; d is 64 or 128, cache and q of one type.
+// A CTA does one head of one item: warpgroups 0 and 1 compute 64 rows each, a warp of the third
+// loads. Tiles of 64 tokens come by TMA, boxes of 16, 32 or 64 slots x 64 columns, into two rings
+// in shared memory, one of K and one of V, as [d / 64][token][64] with the 128-byte swizzle.
+// The products take q and P from registers; the row sums of P are mma.sync products with ones.
+// While the tensor cores do q K^T of tile i + 1 and P V of tile i for one warpgroup, the other one
+// is at its softmax: they take turns. A CTA reads 32 KB a tile (d = 128), mostly from L2, for
+// 4 * 128 * 64 * 128 operations; tensor cores and exponentials are the bound.
+#include <cuda.h>
+#include <cudaTypedefs.h>
+
+#include <numeric>
+
+#include "cuda/attention.cuh"
+#include "cuda/common.cuh"
+#include "cuda/kernels.h"
+
+namespace ni::cuda {
+namespace {
+
+constexpr int kWarpgroup = 128;     // threads
+constexpr int kWarpgroupRows = 64;  // query rows
+constexpr int kThreads = 3 * kWarpgroup;
+constexpr int kStages = 4;     // tiles in each ring
+constexpr int kAtomCols = 64;  // columns in the 128 bytes that the swizzle permutes
+constexpr int kAtomBytes = kTile * 128;
+static_assert(kPrefillRows == 2 * kWarpgroupRows && kTile == 64);
+
+template <int kDim>
+struct Smem {
+  static constexpr int kKBytes = kDim / kAtomCols * kAtomBytes;
+  static constexpr int kVBytes = kKBytes;
+  static constexpr int kV = kStages * kKBytes;
+  static constexpr int kBarriers = kV + kStages * kVBytes;
+  static constexpr int kAlign = 1024;  // of a swizzled tile
+  static constexpr int kBytes = kBarriers + (4 * kStages + 1) * 8 + kAlign;
+};
+
+// What a launch fixes.
+struct PrefillParams {
+  AttnParams attn;
+  ScoreScale scale;
+  int32_t box;  // slots that one TMA copy brings
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty and never launched
+
+constexpr int kComputeWarps = 8;
+constexpr int kTilesPerChunk = kKvChunk / kTile;
+
+// -- Barriers in shared memory --------------------------------------------------------------------
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done = 0;
+  while (done == 0)
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+}
+// What threads wrote to shared memory becomes visible to TMA and wgmma.
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Addresses in the shared memory of a block, and the barriers of its rings.
+template <int kDim>
+struct Rings {
+  uint32_t base;
+
+  __device__ uint32_t k(int stage) const { return base + stage * Smem<kDim>::kKBytes; }
+  __device__ uint32_t v(int stage) const {
+    return base + Smem<kDim>::kV + stage * Smem<kDim>::kVBytes;
+  }
+  __device__ uint32_t k_full(int stage) const { return barrier(stage); }
+  __device__ uint32_t k_empty(int stage) const { return barrier(kStages + stage); }
+  __device__ uint32_t v_full(int stage) const { return barrier(2 * kStages + stage); }
+  __device__ uint32_t v_empty(int stage) const { return barrier(3 * kStages + stage); }
+  __device__ uint32_t tail() const { return barrier(4 * kStages); }
+  __device__ uint32_t barrier(int i) const { return base + Smem<kDim>::kBarriers + 8 * i; }
+};
+
+// A place in a ring; `phase` is the parity of the barriers' current round.
+struct Place {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// -- Warpgroup matrix instructions ----------------------------------------------------------------
+
+// Says that registers an instruction in flight reads or writes are not to be moved across here.
+template <typename R, int kCount>
+__device__ __forceinline__ void pin(R (&r)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < 4 * kCount; ++i) {
+    if constexpr (std::is_same_v<R, float>) {
+      asm volatile("" : "+f"(r[i / 4][i % 4])::"memory");
+    } else {
+      asm volatile("" : "+r"(r[i / 4][i % 4])::"memory");
+    }
+  }
+}
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// A matrix in shared memory with the 128-byte swizzle. `across`: bytes between its 128-byte wide
+// parts (used where the contiguous dimension is not the summed one); groups of 8 rows are 1 KB
+// apart.
+__device__ __forceinline__ uint64_t matrix(uint32_t address, uint32_t across) {
+  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(across >> 4) << 16 |
+         (address & 0x3ffff) >> 4;
+}
+
+template <typename T>
+struct TypeName;
+template <>
+struct TypeName<__nv_bfloat16> {
+  static constexpr char kText[] = "bf16";
+};
+template <>
+struct TypeName<__half> {
+  static constexpr char kText[] = "f16";
+};
+
+// d[64, 64] = a[64, 16] b[64, 16]^T, or with `add` d += …
+template <typename T>
+__device__ __forceinline__ void wgmma_scores(Scores& d, const uint32_t (&a)[4], uint64_t b,
+                                             int add) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.%38.%38 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n"
+      "}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+        "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+        "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+        "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+        "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+        "+f"(d[7][2]), "+f"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "C"(TypeName<T>::kText));
+}
+
+// d[64, n] += a[64, 16] b[16, n], n = 64 or 128.
+template <typename T>
+__device__ __forceinline__ void wgmma_values(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.%38.%38 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n"
+      "}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+        "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+        "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+        "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+        "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+        "+f"(d[7][2]), "+f"(d[7][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1), "C"(TypeName<T>::kText));
+}
+template <typename T>
+__device__ __forceinline__ void wgmma_values(float (&d)[16][4], const uint32_t (&a)[4],
+                                             uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.%70.%70 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n"
+      "}"
+      : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),
+        "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),
+        "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]),
+        "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
+        "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
+        "+f"(d[7][2]), "+f"(d[7][3]), "+f"(d[8][0]), "+f"(d[8][1]), "+f"(d[8][2]), "+f"(d[8][3]),
+        "+f"(d[9][0]), "+f"(d[9][1]), "+f"(d[9][2]), "+f"(d[9][3]), "+f"(d[10][0]), "+f"(d[10][1]),
+        "+f"(d[10][2]), "+f"(d[10][3]), "+f"(d[11][0]), "+f"(d[11][1]), "+f"(d[11][2]),
+        "+f"(d[11][3]), "+f"(d[12][0]), "+f"(d[12][1]), "+f"(d[12][2]), "+f"(d[12][3]),
+        "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]),
+        "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]),
+        "+f"(d[15][2]), "+f"(d[15][3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1), "C"(TypeName<T>::kText));
+}
+
+// -- The work of a block --------------------------------------------------------------------------
+
+struct Item {
+  int32_t head, kv_head;
+  int32_t first_row, rows;        // query rows, at most kPrefillRows
+  int32_t position;               // of the first row
+  int32_t context;                // tokens of the sequence
+  int32_t first_tile, last_tile;  // all that any row sees
+  const int32_t* blocks;
+};
+
+__device__ __forceinline__ Item make_item(const AttnParams& p) {
+  const StepInputs& in = *p.step;
+  const auto index = static_cast<int32_t>(blockIdx.x) / p.args.num_heads;
+  const AttnItem work = in.prefill_items[index];
+  Item item;
+  item.head = static_cast<int32_t>(blockIdx.x) % p.args.num_heads;
+  item.kv_head = item.head / (p.args.num_heads / p.kv.num_kv_heads);
+  const int32_t begin = in.cu_seqlens_q[work.seq], end = in.cu_seqlens_q[work.seq + 1];
+  item.first_row = begin + work.index * kPrefillRows;
+  item.rows = min(kPrefillRows, end - item.first_row);
+  item.context = in.context_lens[work.seq];
+  item.position = item.context - (end - item.first_row);
+  item.first_tile = p.args.window > 0 ? max(0, item.position - p.args.window + 1) / kTile : 0;
+  item.last_tile = (item.position + item.rows - 1) / kTile;
+  item.blocks = in.block_tables + static_cast<int64_t>(work.seq) * in.block_table_stride;
+  return item;
+}
+
+// -- Loading --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int32_t column,
+                                         int32_t slot, int32_t head, int32_t block,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
+      "l"(map), "r"(column), "r"(slot), "r"(head), "r"(block), "r"(barrier)
+      : "memory");
+}
+
+// Slots beyond the context may hold NaN, and 0 * NaN would spread: rows [from, kTile) become zero.
+template <int kDim>
+__device__ __forceinline__ void zero_values(uint32_t v, int32_t from, int lane) {
+  for (int32_t i = from * 8 + lane; i < kTile * 8; i += 32) {
+#pragma unroll
+    for (int part = 0; part < kDim / kAtomCols; ++part)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + part * kAtomBytes + 16 * i),
+                   "r"(0)
+                   : "memory");
+  }
+  fence_async_proxy();
+}
+
+// One warp fills both rings; each lane copies at most one box of K and one of V a tile.
+template <int kDim>
+__device__ __forceinline__ void load(const PrefillParams& p, const Item& item,
+                                     const CUtensorMap* k_map, const CUtensorMap* v_map,
+                                     const Rings<kDim>& rings) {
+  constexpr int kParts = kDim / kAtomCols;
+  const int lane = threadIdx.x % 32, part = lane % kParts;
+  const int32_t offset = lane / kParts * p.box;  // of the lane's box in its tile
+  const bool copies = offset < kTile;
+  const uint32_t to = part * kAtomBytes + offset * 128;
+  Place place;
+  for (int32_t tile = item.first_tile; tile <= item.last_tile; ++tile, place.advance()) {
+    // A box wholly beyond the context has no block of its own: it brings the last one's again.
+    const int32_t token = min(tile * kTile + offset, item.context - 1);
+    const int32_t block = copies ? item.blocks[token / p.attn.kv.block_size] : 0;
+    const int32_t slot = token % p.attn.kv.block_size / p.box * p.box;
+
+    wait(rings.k_empty(place.stage), place.phase ^ 1);
+    if (lane == 0) arrive_expecting(rings.k_full(place.stage), Smem<kDim>::kKBytes);
+    __syncwarp();
+    if (copies)
+      copy_box(rings.k(place.stage) + to, k_map, part * kAtomCols, slot, item.kv_head, block,
+               rings.k_full(place.stage));
+
+    const int32_t valid = item.context - tile * kTile;  // only the last tile can lack tokens
+    const uint32_t full = valid < kTile ? rings.tail() : rings.v_full(place.stage);
+    wait(rings.v_empty(place.stage), place.phase ^ 1);
+    if (lane == 0) arrive_expecting(full, Smem<kDim>::kKBytes);
+    __syncwarp();
+    if (copies)
+      copy_box(rings.v(place.stage) + to, v_map, part * kAtomCols, slot, item.kv_head, block, full);
+    if (valid < kTile) {
+      wait(rings.tail(), 0);
+      zero_values<kDim>(rings.v(place.stage), valid, lane);
+      __syncwarp();
+      if (lane == 0) arrive(rings.v_full(place.stage));
+    }
+  }
+}
+
+// -- Computing ------------------------------------------------------------------------------------
+
+// The two warpgroups issue their products in turns: 0 first.
+__device__ __forceinline__ void await_turn(int warpgroup) {
+  asm volatile("bar.sync %0, 256;" ::"r"(1 + warpgroup) : "memory");
+}
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(2 - warpgroup) : "memory");
+}
+
+// A thread's share of the 64 rows of its warpgroup: of its warp's 16 rows lane / 4 and that plus 8,
+// as in the fragments of mma.sync (attention.cuh).
+template <int kDim, typename T>
+struct Rows {
+  static constexpr int kTiles = kDim / 8;  // of 8 columns
+
+  uint32_t q[kDim / 16][4];
+  Scores s;
+  uint32_t p[kTile / 16][4];
+  float o[kTiles][4], l[4];  // of the chunk; l[0] and l[2] are the row sums
+  float m[2];                // of the chunk
+  float total[kTiles][4], total_m[2], total_l[2];
+
+  // Rows beyond the item's are zero. `row`: the first of the thread's, in the item.
+  __device__ __forceinline__ void init(const AttnParams& args, const Item& item, int row) {
+    const T* from = static_cast<const T*>(args.q) + (item.first_row + row) * args.q_stride +
+                    item.head * kDim + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < kDim / 4; ++i) {
+      const int below = i % 2 * 8, column = i / 4 * 16 + i / 2 % 2 * 8;
+      const auto* pair = reinterpret_cast<const uint32_t*>(from + below * args.q_stride + column);
+      q[i / 4][i % 4] = row + below < item.rows ? __ldg(pair) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) total[i / 4][i % 4] = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total_m[r] = -INFINITY;
+      total_l[r] = 0;
+    }
+    clear_chunk();
+    m[0] = m[1] = -INFINITY;
+  }
+
+  __device__ __forceinline__ void clear_chunk() {
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] = 0;
+#pragma unroll
+    for (float& x : l) x = 0;
+  }
+
+  // Starts s = q K^T.
+  __device__ __forceinline__ void issue_scores(uint32_t k) {
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i)
+      wgmma_scores<T>(s, q[i], matrix(k + i / 4 * kAtomBytes + i % 4 * 32, 0), i > 0);
+    wgmma_commit();
+  }
+
+  // Starts o += p V.
+  __device__ __forceinline__ void issue_values(uint32_t v) {
+#pragma unroll
+    for (int i = 0; i < kTile / 16; ++i)
+      wgmma_values<T>(o, p[i], matrix(v + i * 16 * 128, kAtomBytes));
+    wgmma_commit();
+  }
+
+  // l += P 1.
+  __device__ __forceinline__ void add_row_sums() {
+#pragma unroll
+    for (int i = 0; i < kTile / 16; ++i) mma<T>(l, p[i], kOnes2<T>, kOnes2<T>);
+  }
+
+  // fp32 probabilities to the fragments of P.
+  __device__ __forceinline__ void pack() {
+#pragma unroll
+    for (int i = 0; i < kTile / 4; ++i)
+      p[i / 4][i % 4] = pack2<T>(s[i / 2][2 * (i % 2)], s[i / 2][2 * (i % 2) + 1]);
+  }
+
+  // A warp whose maxima stay has nothing to do: times 1 is exact.
+  __device__ __forceinline__ void scale_chunk(const float (&alpha)[2]) {
+    if (!__any_sync(0xffffffffu, alpha[0] != 1.0f || alpha[1] != 1.0f)) return;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i)
+      o[i / 4][i % 4] = __fmul_rn(o[i / 4][i % 4], alpha[i / 2 % 2]);
+    l[0] = __fmul_rn(l[0], alpha[0]);
+    l[2] = __fmul_rn(l[2], alpha[1]);
+  }
+
+  // Adds the chunk, whose maxima are `chunk_m`, to the total.
+  __device__ __forceinline__ void merge_chunk(const float (&chunk_m)[2], float c) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const MergeFactors f = merge_max(total_m[r], chunk_m[r], c);
+      total_l[r] = merge_sum(total_l[r], l[2 * r], f);
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        float& sum = total[i / 2][2 * r + i % 2];
+        sum = merge_sum(sum, o[i / 2][2 * r + i % 2], f);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const AttnParams& args, const Item& item, int row) const {
+    T* to = static_cast<T*>(args.out) + (item.first_row + row) * args.out_stride +
+            item.head * kDim + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= item.rows) return;
+      const float scale = final_scale(total_l[r], args.kv.v_scale);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+        *reinterpret_cast<uint32_t*>(to + 8 * r * args.out_stride + 8 * n) =
+            pack2_out<T>(__fmul_rn(total[n][2 * r], scale), __fmul_rn(total[n][2 * r + 1], scale));
+    }
+  }
+};
+
+// Caps and masks the scores of a tile and takes the softmax step of attention.cuh, save that P
+// stays fp32 in rows.s: the registers that P V in flight reads are written after it (pack).
+template <int kDim, typename T, bool kSoftcap>
+__device__ __forceinline__ void softmax(Rows<kDim, T>& rows, const PrefillParams& p,
+                                        const Item& item, int row, int32_t tile,
+                                        float (&alpha)[2]) {
+  if constexpr (kSoftcap) cap_scores(rows.s, p.scale);
+  const int32_t end = item.position + item.rows - 1;  // rows beyond the item count as its last
+  const int32_t position[2] = {min(item.position + row, end), min(item.position + row + 8, end)};
+  const int32_t begin = tile * kTile, window = p.attn.args.window;
+  const bool whole =
+      begin + kTile - 1 <= position[0] && begin >= first_visible(position[1], window);
+  if (!__all_sync(0xffffffffu, whole)) mask_scores(rows.s, begin, position, window);
+
+  const float c = p.scale.c;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = rows.m[r];
+#pragma unroll
+    for (int i = 0; i < kTile / 4; ++i) top = fmaxf(top, rows.s[i / 2][2 * r + i % 2]);
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
+    const float safe = safe_max(top), minus_mc = -__fmul_rn(safe, c);
+    alpha[r] = rescale(rows.m[r], safe, c);
+    rows.m[r] = top;
+#pragma unroll
+    for (int i = 0; i < kTile / 4; ++i) {
+      float& s = rows.s[i / 2][2 * r + i % 2];
+      s = probability(s, c, minus_mc);
+    }
+  }
+}
+
+template <int kDim, typename T, bool kSoftcap>
+__device__ __forceinline__ void compute(const PrefillParams& p, const Item& item,
+                                        const Rings<kDim>& rings, int warp) {
+  const int warpgroup = warp / 4, lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
+  const auto release = [&](uint32_t empty) {
+    if (lane == 0) arrive(empty);
+  };
+  Rows<kDim, T> rows;
+  rows.init(p.attn, item, row);
+
+  Place k, v;
+  float alpha[2];
+  wait(rings.k_full(k.stage), k.phase);
+  wgmma_fence();
+  rows.issue_scores(rings.k(k.stage));
+  wgmma_wait<0>();
+  pin(rows.s);
+  release(rings.k_empty(k.stage));
+  k.advance();
+  softmax<kDim, T, kSoftcap>(rows, p, item, row, item.first_tile, alpha);
+  rows.pack();
+
+  if (warpgroup == 1 && item.first_tile < item.last_tile) pass_turn(1);
+  for (int32_t tile = item.first_tile; tile < item.last_tile; ++tile) {
+    wait(rings.v_full(v.stage), v.phase);  // has come before the next K
+    wait(rings.k_full(k.stage), k.phase);
+    await_turn(warpgroup);
+    pin(rows.s);
+    pin(rows.o);
+    pin(rows.p);
+    wgmma_fence();
+    rows.issue_scores(rings.k(k.stage));
+    rows.issue_values(rings.v(v.stage));
+    if (warpgroup == 0 || tile + 1 < item.last_tile) pass_turn(warpgroup);
+
+    rows.add_row_sums();
+    wgmma_wait<1>();
+    pin(rows.s);
+    release(rings.k_empty(k.stage));
+    k.advance();
+    const bool ends_chunk = (tile + 1) % kTilesPerChunk == 0;
+    const float chunk_m[2] = {rows.m[0], rows.m[1]};
+    if (ends_chunk) rows.m[0] = rows.m[1] = -INFINITY;
+    softmax<kDim, T, kSoftcap>(rows, p, item, row, tile + 1, alpha);
+
+    pin(rows.s);  // not after P V
+    wgmma_wait<0>();
+    pin(rows.o);
+    pin(rows.s);  // packed only now: P V reads the fragments
+    release(rings.v_empty(v.stage));
+    v.advance();
+    if (ends_chunk) {
+      rows.merge_chunk(chunk_m, p.scale.c);
+      rows.clear_chunk();
+    } else {
+      rows.scale_chunk(alpha);
+    }
+    rows.pack();
+  }
+
+  wait(rings.v_full(v.stage), v.phase);
+  pin(rows.o);
+  pin(rows.p);
+  wgmma_fence();
+  rows.issue_values(rings.v(v.stage));
+  rows.add_row_sums();
+  wgmma_wait<0>();
+  pin(rows.o);
+  rows.merge_chunk(rows.m, p.scale.c);
+  rows.store(p.attn, item, row);
+}
+
+template <int kDim, typename T>
+__device__ __forceinline__ Rings<kDim> make_rings() {
+  extern __shared__ unsigned char smem[];
+  constexpr uint32_t kAlign = Smem<kDim>::kAlign;
+  const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(smem));
+  Rings<kDim> rings{(base + kAlign - 1) / kAlign * kAlign};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(rings.k_full(i), 1);
+      init_barrier(rings.v_full(i), 1);
+      init_barrier(rings.k_empty(i), kComputeWarps);
+      init_barrier(rings.v_empty(i), kComputeWarps);
+    }
+    init_barrier(rings.tail(), 1);
+  }
+  fence_async_proxy();
+  __syncthreads();
+  return rings;
+}
+
+#endif
+
+template <int kDim, typename T, bool kSoftcap>
+__global__ void __launch_bounds__(kThreads, 1)
+    attention_prefill_sm90_kernel(const __grid_constant__ PrefillParams p,
+                                  const __grid_constant__ CUtensorMap k_map,
+                                  const __grid_constant__ CUtensorMap v_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  const Item item = make_item(p.attn);
+  const Rings<kDim> rings = make_rings<kDim, T>();
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // uniform for the compiler too
+  if (warp >= kComputeWarps) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp == kComputeWarps) load<kDim>(p, item, &k_map, &v_map, rings);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    compute<kDim, T, kSoftcap>(p, item, rings, warp);
+  }
+#endif
+}
+
+// A [blocks][kv heads][slots][d] cache, copied in boxes of `box` slots x 64 columns of one head.
+CUtensorMap cache_map(void* data, const KvView& kv, int32_t box) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                cudaEnableDefault, &result),
+               "attention: cuTensorMapEncodeTiled");
+    check_runtime(result == cudaDriverEntryPointSuccess,
+                  "attention: this driver has no cuTensorMapEncodeTiled; CUDA 12.0 or newer has");
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
+  }();
+  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
+  const auto part = [](int32_t n) { return static_cast<cuuint32_t>(n); };
+  const int64_t block = kv.block_stride > 0 ? kv.block_stride : kv.block_elements();
+  const cuuint64_t sizes[] = {size(kv.head_dim), size(kv.block_size), size(kv.num_kv_heads),
+                              size(kv.num_blocks)};
+  const cuuint64_t strides[] = {size(2 * int64_t{kv.head_dim}), size(2 * kv.head_elements()),
+                                size(2 * block)};  // bytes
+  const cuuint32_t boxes[] = {part(kAtomCols), part(box), 1, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = encode(
+      &map,
+      kv.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      4, data, sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  check_runtime(result == CUDA_SUCCESS, "attention: no tensor map of the cache (CUDA error ",
+                static_cast<int>(result), ")");
+  return map;
+}
+
+template <int kDim, typename T, bool kSoftcap>
+void launch(const AttnParams& p, int32_t num_items, cudaStream_t stream) {
+  const auto kernel = attention_prefill_sm90_kernel<kDim, T, kSoftcap>;
+  const PrefillParams params{p, score_scale(p.args, p.kv.k_scale),
+                             std::gcd(p.kv.block_size, kTile)};
+  constexpr size_t kBytes = Smem<kDim>::kBytes;
+  allow_smem(kernel, kBytes, "attention_prefill_sm90");
+  kernel<<<static_cast<unsigned>(num_items * p.args.num_heads), kThreads, kBytes, stream>>>(
+      params, cache_map(p.kv.k, p.kv, params.box), cache_map(p.kv.v, p.kv, params.box));
+  check_launch("attention_prefill_sm90");
+}
+
+}  // namespace
+
+bool attention_prefill_sm90(const AttnParams& p, int32_t num_items, const Card& card,
+                            cudaStream_t stream) {
+  const int32_t dim = p.kv.head_dim;
+  if (card.arch != 90 || (dim != 64 && dim != 128) || p.kv.dtype != p.dtype ||
+      p.kv.block_size % 16 != 0)
+    return false;
+  if (num_items == 0) return true;
+  dispatch_16bit(p.dtype, "attention", [&](auto t) {
+    using T = decltype(t);
+    if (dim == 64) {
+      p.args.softcap > 0 ? launch<64, T, true>(p, num_items, stream)
+                         : launch<64, T, false>(p, num_items, stream);
+    } else {
+      p.args.softcap > 0 ? launch<128, T, true>(p, num_items, stream)
+                         : launch<128, T, false>(p, num_items, stream);
+    }
+  });
+  return true;
+}
+
+}  // namespace ni::cuda

@@ -1,0 +1,538 @@
+#include "cuda/linear.h"
+
+#include <cublasLt.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <random>
+#include <sstream>
+#include <tuple>
+
+#include "cuda/check_cuda.h"
+
+namespace ni::cuda {
+namespace {
+
+constexpr size_t kWorkspaceBytes = 32 << 20;
+constexpr int kMaxCandidates = 8;
+constexpr int64_t kSkinnyRows = 64;  // up to so many, our own kernel is a candidate
+// Numbers of rows for which a plan is chosen; others take the plan of the next larger one.
+constexpr int64_t kBuckets[] = {1,   2,   4,   8,   16,   32,   48,   64,   96,   128,
+                                192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384};
+
+void check_cublas(cublasStatus_t status, const char* what) {
+  check_runtime(status == CUBLAS_STATUS_SUCCESS, what, ": ", cublasLtGetStatusString(status));
+}
+
+int64_t bucket_of(int64_t rows) {
+  for (const int64_t bucket : kBuckets)
+    if (rows <= bucket) return bucket;
+  return rows;
+}
+
+cudaDataType_t data_type(DType dtype) {
+  return dtype == DType::bf16 ? CUDA_R_16BF : dtype == DType::f16 ? CUDA_R_16F : CUDA_R_32F;
+}
+
+// One product: its sizes and kinds, and the bucket of its rows.
+struct Key {
+  int64_t n, k, bucket;
+  bool f32_out, bias, accumulate;
+  bool operator<(const Key& o) const {
+    return std::tie(n, k, bucket, f32_out, bias, accumulate) <
+           std::tie(o.n, o.k, o.bucket, o.f32_out, o.bias, o.accumulate);
+  }
+};
+
+struct Plan {
+  bool skinny = true;
+  cublasLtMatmulAlgo_t algo{};
+  float microseconds = 0;  // 0: not timed
+};
+
+template <typename T>
+T algo_attribute(const cublasLtMatmulAlgo_t& algo, cublasLtMatmulAlgoConfigAttributes_t which) {
+  T value{};
+  size_t written = 0;
+  cublasLtMatmulAlgoConfigGetAttribute(&algo, which, &value, sizeof(value), &written);
+  return value;
+}
+
+bool splits_the_sum(const cublasLtMatmulAlgo_t& algo) {
+  return algo_attribute<int32_t>(algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1 ||
+         algo_attribute<uint32_t>(algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) !=
+             CUBLASLT_REDUCTION_SCHEME_NONE;
+}
+
+// What cuBLASLt wants to know of y = x W^T, column by column: D [n, m] = W' [k, n]^T x' [k, m].
+struct Problem {
+  cublasLtMatmulDescOpaque_t matmul;
+  cublasLtMatrixLayoutOpaque_t w, x, out;
+
+  Problem(const Key& key, int64_t rows, int64_t w_stride, int64_t x_stride, int64_t out_stride,
+          DType dtype, const void* bias) {
+    const cudaDataType_t in = data_type(dtype), d = key.f32_out ? CUDA_R_32F : in;
+    // Weights are zero and x is finite up to a multiple of 8 columns.
+    const auto k = static_cast<uint64_t>((key.k + 7) / 8 * 8);
+    check_cublas(cublasLtMatmulDescInit(&matmul, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+                 "cublasLtMatmulDescInit");
+    set(CUBLASLT_MATMUL_DESC_TRANSA, CUBLAS_OP_T);
+    if (key.bias) {
+      set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+      set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+      set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, in);
+    }
+    const auto n = static_cast<uint64_t>(key.n), m = static_cast<uint64_t>(rows);
+    check_cublas(cublasLtMatrixLayoutInit(&w, in, k, n, w_stride), "cublasLtMatrixLayoutInit");
+    check_cublas(cublasLtMatrixLayoutInit(&x, in, k, m, x_stride), "cublasLtMatrixLayoutInit");
+    check_cublas(cublasLtMatrixLayoutInit(&out, d, n, m, out_stride), "cublasLtMatrixLayoutInit");
+  }
+  template <typename T>
+  void set(cublasLtMatmulDescAttributes_t which, const T& value) {
+    check_cublas(cublasLtMatmulDescSetAttribute(&matmul, which, &value, sizeof(value)),
+                 "cublasLtMatmulDescSetAttribute");
+  }
+};
+
+std::string to_hex(const cublasLtMatmulAlgo_t& algo) {
+  std::string text;
+  char digits[3];
+  for (size_t i = 0; i < sizeof(algo); ++i) {
+    std::snprintf(digits, sizeof(digits), "%02x", reinterpret_cast<const uint8_t*>(&algo)[i]);
+    text += digits;
+  }
+  return text;
+}
+
+bool from_hex(const std::string& text, cublasLtMatmulAlgo_t& algo) {
+  if (text.size() != 2 * sizeof(algo)) return false;
+  for (size_t i = 0; i < sizeof(algo); ++i) {
+    const std::string digits = text.substr(2 * i, 2);
+    if (digits.find_first_not_of("0123456789abcdef") != std::string::npos) return false;
+    reinterpret_cast<uint8_t*>(&algo)[i] = static_cast<uint8_t>(std::stoi(digits, nullptr, 16));
+  }
+  return true;
+}
+
+}  // namespace
+
+struct Linear::Impl {
+  Card card;
+  Options options;
+  cudaStream_t stream;
+  cublasLtHandle_t handle = nullptr;
+  void* workspace = nullptr;
+  void* biases = nullptr;
+  std::map<const float*, const void*> bias16;  // of a weight's fp32 bias
+  std::map<Key, Plan> plans;
+  std::map<std::pair<Key, int64_t>, bool> valid;  // of a plan with an exact number of rows
+  int num_timed = 0;
+
+  Impl(const Card& c, const Options& o, cudaStream_t s) : card(c), options(o), stream(s) {
+    check_cublas(cublasLtCreate(&handle), "cublasLtCreate");
+    check_cuda(cudaMalloc(&workspace, kWorkspaceBytes), "memory for cuBLASLt");
+  }
+  Impl(const Impl&) = delete;
+  ~Impl() {
+    cudaFree(biases);
+    cudaFree(workspace);
+    if (handle != nullptr) cublasLtDestroy(handle);
+  }
+
+  Key key_of(const LinearWeight& w, const LinearArgs& a, int64_t rows, bool f32_out) const {
+    return {w.spec.out_features, w.spec.in_features, bucket_of(rows), f32_out,
+            w.bias != nullptr,   a.accumulate};
+  }
+
+  cublasStatus_t multiply(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
+                          const Tensor& out, cudaStream_t on) {
+    if (plan.skinny) {
+      linear_skinny(x.data, x.row_stride, x.rows(), w.data, weight_stride(w.spec.in_features),
+                    w.spec.in_features, w.spec.out_features, w.bias, key.accumulate, options.dtype,
+                    out.data, out.dtype, out.row_stride, card, on);
+      return CUBLAS_STATUS_SUCCESS;
+    }
+    Problem problem = describe(x, w, key, out);
+    const float one = 1, zero = 0;
+    return cublasLtMatmul(handle, &problem.matmul, &one, w.data, &problem.w, x.data, &problem.x,
+                          &zero, out.data, &problem.out, out.data, &problem.out, &plan.algo,
+                          workspace, kWorkspaceBytes, on);
+  }
+
+  Problem describe(const Tensor& x, const LinearWeight& w, const Key& key,
+                   const Tensor& out) const {
+    const auto bias = bias16.find(w.bias);
+    return Problem(key, x.rows(), weight_stride(w.spec.in_features), x.row_stride, out.row_stride,
+                   options.dtype, bias == bias16.end() ? nullptr : bias->second);
+  }
+
+  // What would not be the same in every plan: an accumulation, which cuBLASLt rounds twice, and a
+  // bias that is added to fp32 or that prepare() has not seen.
+  bool only_skinny(const LinearWeight& w, const Key& key) const {
+    return key.accumulate || (key.bias && (key.f32_out || bias16.find(w.bias) == bias16.end()));
+  }
+
+  std::vector<cublasLtMatmulAlgo_t> candidates(const Tensor& x, const LinearWeight& w,
+                                               const Key& key, const Tensor& out) {
+    Problem problem = describe(x, w, key, out);
+    cublasLtMatmulPreferenceOpaque_t preference;
+    check_cublas(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit");
+    const auto set = [&](cublasLtMatmulPreferenceAttributes_t which, const auto& value) {
+      check_cublas(cublasLtMatmulPreferenceSetAttribute(&preference, which, &value, sizeof(value)),
+                   "cublasLtMatmulPreferenceSetAttribute");
+    };
+    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
+    if (options.batch_invariant)
+      set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE});
+    cublasLtMatmulHeuristicResult_t found[kMaxCandidates];
+    int count = 0;
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        handle, &problem.matmul, &problem.w, &problem.x, &problem.out, &problem.out, &preference,
+        kMaxCandidates, found, &count);
+    std::vector<cublasLtMatmulAlgo_t> out_algos;
+    if (status != CUBLAS_STATUS_SUCCESS) return out_algos;
+    for (int i = 0; i < count; ++i) {
+      if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
+      if (options.batch_invariant && splits_the_sum(found[i].algo)) continue;
+      out_algos.push_back(found[i].algo);
+    }
+    return out_algos;
+  }
+
+  // A plan without timing, for what prepare() did not see.
+  Plan plan_untimed(const Tensor& x, const LinearWeight& w, const Key& key, const Tensor& out) {
+    Plan plan;
+    if (x.rows() <= kSkinnyRows) return plan;
+    const auto algos = candidates(x, w, key, out);
+    if (!algos.empty()) {
+      plan.skinny = false;
+      plan.algo = algos.front();
+    }
+    return plan;
+  }
+
+  bool is_valid(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
+                const Tensor& out) {
+    if (plan.skinny) return true;
+    const auto [it, fresh] = valid.try_emplace({key, x.rows()}, false);
+    if (fresh) {
+      Problem problem = describe(x, w, key, out);
+      cublasLtMatmulHeuristicResult_t result{};
+      it->second =
+          cublasLtMatmulAlgoCheck(handle, &problem.matmul, &problem.w, &problem.x, &problem.out,
+                                  &problem.out, &plan.algo, &result) == CUBLAS_STATUS_SUCCESS &&
+          result.workspaceSize <= kWorkspaceBytes;
+    }
+    return it->second;
+  }
+
+  // -- Timing -------------------------------------------------------------------------------------
+
+  void convert_biases(const std::vector<const LinearWeight*>& weights) {
+    cudaFree(biases);
+    biases = nullptr;
+    bias16.clear();
+    size_t bytes = 0;
+    const auto aligned = [](int64_t n) { return (static_cast<size_t>(n) * 2 + 255) / 256 * 256; };
+    for (const LinearWeight* w : weights)
+      if (w->bias != nullptr) bytes += aligned(w->spec.out_features);
+    if (bytes == 0) return;
+    check_cuda(cudaMalloc(&biases, bytes), "memory for biases");
+    char* next = static_cast<char*>(biases);
+    for (const LinearWeight* w : weights) {
+      if (w->bias == nullptr || !bias16.emplace(w->bias, next).second) continue;
+      const int64_t n = w->spec.out_features;
+      convert_rows(w->bias, DType::f32, n, 1, n, next, options.dtype, n, stream);
+      next += aligned(n);
+    }
+  }
+
+  // Milliseconds of one product over weights in turn, so that small ones do not stay in the cache;
+  // 0: it does not run. Gives up on what is far from `best`.
+  float time(const Plan& plan, const Tensor& x, const std::vector<const LinearWeight*>& weights,
+             const Key& key, const Tensor& out, float best) {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    check_cuda(cudaEventCreate(&begin), "an event");
+    check_cuda(cudaEventCreate(&end), "an event");
+    const auto run = [&](int repeats) {
+      cudaEventRecord(begin, stream);
+      for (int i = 0; i < repeats; ++i) {
+        const LinearWeight& w = *weights[static_cast<size_t>(i) % weights.size()];
+        if (multiply(plan, x, w, key, out, stream) != CUBLAS_STATUS_SUCCESS) return 0.0f;
+      }
+      cudaEventRecord(end, stream);
+      float ms = 0;
+      if (cudaEventSynchronize(end) != cudaSuccess ||
+          cudaEventElapsedTime(&ms, begin, end) != cudaSuccess)
+        return 0.0f;
+      return ms / static_cast<float>(repeats);
+    };
+    float ms = run(1);  // the first loads the kernel
+    if (ms > 0) ms = run(x.rows() > 1024 ? 1 : 2);
+    if (ms > 0 && (best == 0 || ms < 1.5f * best))
+      ms = run(std::clamp(static_cast<int>(1.0f / std::max(ms, 0.001f)), 2, 40));
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    ++num_timed;
+    return ms;
+  }
+
+  // Whether the plan gives the canonical bits: those of linear_skinny, in the first and last rows.
+  bool is_canonical(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
+                    const Tensor& out, const Tensor& other) {
+    if (plan.skinny) return true;
+    multiply(plan, x, w, key, out, stream);
+    const int64_t rows = std::min<int64_t>(x.rows(), 16);
+    const size_t row_bytes = static_cast<size_t>(key.n) * dtype_size(out.dtype);
+    std::vector<char> a(row_bytes), b(row_bytes);
+    for (const int64_t first : {int64_t{0}, x.rows() - rows}) {
+      multiply(Plan{}, x.rows(first, rows), w, key, other.rows(rows), stream);
+      for (int64_t r = 0; r < rows; ++r) {
+        check_cuda(cudaMemcpyAsync(a.data(), out.rows(first + r, 1).data, row_bytes,
+                                   cudaMemcpyDeviceToHost, stream),
+                   "comparing plans");
+        check_cuda(cudaMemcpyAsync(b.data(), other.rows(r, 1).data, row_bytes,
+                                   cudaMemcpyDeviceToHost, stream),
+                   "comparing plans");
+        check_cuda(cudaStreamSynchronize(stream), "comparing plans");
+        if (a != b) return false;
+      }
+    }
+    return true;
+  }
+
+  Plan choose(const Tensor& x, const std::vector<const LinearWeight*>& weights, const Key& key,
+              const Tensor& out, const Tensor& other) {
+    std::vector<Plan> all;
+    if (x.rows() <= kSkinnyRows) all.push_back({});
+    for (const cublasLtMatmulAlgo_t& algo : candidates(x, *weights[0], key, out))
+      all.push_back({false, algo, 0});
+    float best = 0;
+    for (Plan& plan : all) {
+      plan.microseconds = 1000 * time(plan, x, weights, key, out, best / 1000);
+      if (plan.microseconds > 0 && (best == 0 || plan.microseconds < best))
+        best = plan.microseconds;
+    }
+    std::erase_if(all, [](const Plan& p) { return p.microseconds <= 0; });
+    std::sort(all.begin(), all.end(),
+              [](const Plan& a, const Plan& b) { return a.microseconds < b.microseconds; });
+    for (const Plan& plan : all)
+      if (!options.batch_invariant || is_canonical(plan, x, *weights[0], key, out, other))
+        return plan;
+    return {};
+  }
+
+  // -- The cache file -----------------------------------------------------------------------------
+
+  std::string machine() const {
+    cudaDeviceProp p{};
+    int device = 0, driver = 0;
+    cudaGetDevice(&device);
+    cudaGetDeviceProperties(&p, device);
+    cudaDriverGetVersion(&driver);
+    std::string name = p.name;
+    std::replace(name.begin(), name.end(), ' ', '_');
+    return concat(name, "/", p.multiProcessorCount, "/driver", driver, "/cublaslt",
+                  cublasLtGetVersion(), "/", dtype_name(options.dtype),
+                  options.batch_invariant ? "/invariant" : "/fastest", "/format2");
+  }
+  static std::string text_of(const Key& k) {
+    return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);
+  }
+
+  // Lines "machine n k bucket f32_out bias accumulate skinny microseconds algo"; whatever does not
+  // read well is skipped.
+  std::map<Key, Plan> read_cache(const std::string& mine) const {
+    std::map<Key, Plan> found;
+    if (options.plan_cache.empty()) return found;
+    std::ifstream file(options.plan_cache);
+    for (std::string line; std::getline(file, line);) {
+      std::istringstream in(line);
+      std::string whose, algo;
+      Key k{};
+      Plan plan;
+      if (!(in >> whose >> k.n >> k.k >> k.bucket >> k.f32_out >> k.bias >> k.accumulate >>
+            plan.skinny >> plan.microseconds >> algo) ||
+          whose != mine)
+        continue;
+      if (plan.skinny || from_hex(algo, plan.algo)) found[k] = plan;
+    }
+    return found;
+  }
+
+  // The file with our lines added or replaced. What cannot be written is not worth an error.
+  void write_cache(const std::string& mine) const {
+    if (options.plan_cache.empty()) return;
+    std::error_code ignored;
+    const std::filesystem::path path(options.plan_cache);
+    std::filesystem::create_directories(path.parent_path(), ignored);
+    std::map<std::string, std::string> lines;  // by machine and key
+    std::ifstream before(path);
+    for (std::string line; std::getline(before, line);) {
+      std::istringstream in(line);
+      std::string word, id;
+      for (int i = 0; i < 7 && in >> word; ++i) id += word + " ";
+      lines[id] = line;
+    }
+    for (const auto& [key, plan] : plans) {
+      const std::string id = mine + " " + text_of(key) + " ";
+      lines[id] = concat(id, plan.skinny, " ", plan.microseconds, " ",
+                         plan.skinny ? "-" : to_hex(plan.algo));
+    }
+    const std::string temporary = concat(path.string(), ".", std::random_device{}());
+    {
+      std::ofstream file(temporary);
+      for (const auto& [id, line] : lines) file << line << "\n";
+      if (!file.flush()) {
+        std::filesystem::remove(temporary, ignored);
+        return;
+      }
+    }
+    std::filesystem::rename(temporary, path, ignored);
+    if (ignored) std::filesystem::remove(temporary, ignored);
+  }
+
+  void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows);
+  void fill_random(void* data, int64_t elements);
+};
+
+// Random activations: the same 1 M values over and over.
+void Linear::Impl::fill_random(void* data, int64_t elements) {
+  constexpr int64_t kPool = 1 << 20;
+  std::mt19937 rng(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> pool(kPool);
+  for (float& v : pool) v = normal(rng);
+  void* staged = nullptr;
+  check_cuda(cudaMalloc(&staged, kPool * sizeof(float)), "memory for timing");
+  cudaMemcpy(staged, pool.data(), kPool * sizeof(float), cudaMemcpyHostToDevice);
+  for (int64_t at = 0; at < elements; at += kPool)
+    convert_rows(staged, DType::f32, kPool, 1, std::min(kPool, elements - at),
+                 static_cast<char*>(data) + at * 2, options.dtype, kPool, stream);
+  check_cuda(cudaStreamSynchronize(stream), "filling memory for timing");
+  cudaFree(staged);
+}
+
+void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) {
+  if (weights.empty()) return;
+  convert_biases(weights);
+  // Weights of one shape share plans. The last is lm_head, whose output is fp32.
+  std::map<Key, std::vector<const LinearWeight*>> shapes;
+  int64_t widest_in = 0, widest_out = 0;
+  for (const LinearWeight* w : weights) {
+    const bool is_lm_head = w == weights.back();
+    Key key = key_of(*w, {}, 1, is_lm_head);
+    key.bucket = 0;
+    if (only_skinny(*w, key)) continue;
+    shapes[key].push_back(w);
+    widest_in = std::max(widest_in, weight_stride(key.k));
+    if (!is_lm_head) widest_out = std::max(widest_out, weight_stride(key.n));
+  }
+  const std::string mine = machine();
+  const std::map<Key, Plan> known = read_cache(mine);
+  bool all_known = true;
+  const auto for_each_plan = [&](const auto& visit) {
+    for (const auto& [shape, same] : shapes) {
+      for (const int64_t bucket : kBuckets) {
+        const int64_t most = shape.f32_out ? std::min<int64_t>(max_rows, 512) : max_rows;
+        if (bucket > bucket_of(most)) break;
+        Key key = shape;
+        key.bucket = bucket;
+        visit(key, same);
+      }
+    }
+  };
+  for_each_plan([&](const Key& key, const auto&) {
+    const auto it = known.find(key);
+    if (it == known.end()) {
+      all_known = false;
+    } else {
+      plans[key] = it->second;
+    }
+  });
+  if (all_known) return;
+
+  const auto padded = [](int64_t n) { return (n + 63) / 64 * 64; };
+  const int64_t rows = bucket_of(max_rows), logits = std::min<int64_t>(rows, 512);
+  const int64_t vocab = padded(weights.back()->spec.out_features);
+  const int64_t out_bytes = std::max(rows * widest_out * 2, logits * vocab * 4);
+  struct Memory {
+    void* data = nullptr;
+    explicit Memory(int64_t bytes) {
+      check_cuda(cudaMalloc(&data, static_cast<size_t>(bytes)), "memory for timing");
+    }
+    Memory(const Memory&) = delete;
+    ~Memory() { cudaFree(data); }
+  };
+  const Memory x_memory(rows * widest_in * 2), out_memory(out_bytes),
+      other_memory(16 * std::max(widest_out, vocab) * 4);
+  fill_random(x_memory.data, rows * widest_in);
+  for_each_plan([&](const Key& key, const std::vector<const LinearWeight*>& same) {
+    if (plans.find(key) != plans.end()) return;
+    const DType out_type = key.f32_out ? DType::f32 : options.dtype;
+    const int64_t out_stride = padded(key.n);
+    const auto matrix = [&](void* data, DType dtype, int64_t cols, int64_t stride) {
+      Tensor t(data, dtype, {key.bucket, cols});
+      t.row_stride = stride;
+      return t;
+    };
+    plans[key] = choose(matrix(x_memory.data, options.dtype, key.k, weight_stride(key.k)), same,
+                        key, matrix(out_memory.data, out_type, key.n, out_stride),
+                        matrix(other_memory.data, out_type, key.n, out_stride));
+  });
+  check_cuda(cudaStreamSynchronize(stream), "timing plans");
+  write_cache(mine);
+}
+
+Linear::Linear(const Card& card, const Options& options, cudaStream_t stream)
+    : impl_(std::make_unique<Impl>(card, options, stream)) {}
+
+Linear::~Linear() = default;
+
+void Linear::prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) {
+  impl_->prepare(weights, max_rows);
+}
+
+void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
+                 cudaStream_t stream) {
+  Impl& impl = *impl_;
+  const int64_t align = 16 / static_cast<int64_t>(dtype_size(x.dtype));
+  check_arg(reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride % align == 0 &&
+                x.row_stride >= (x.cols() + align - 1) / align * align,
+            "linear: rows of x must be 16-byte aligned, and as far apart as a multiple of ", align,
+            " elements; they are ", x.row_stride, " apart");
+  const Key key = impl.key_of(w, a, x.rows(), out.dtype == DType::f32);
+  if (impl.only_skinny(w, key)) {
+    impl.multiply(Plan{}, x, w, key, out, stream);
+    return;
+  }
+  auto it = impl.plans.find(key);
+  if (it == impl.plans.end()) it = impl.plans.emplace(key, impl.plan_untimed(x, w, key, out)).first;
+  const Plan& plan = impl.is_valid(it->second, x, w, key, out) ? it->second : Plan{};
+  check_cublas(impl.multiply(plan, x, w, key, out, stream), "cublasLtMatmul");
+}
+
+int Linear::num_timed() const {
+  return impl_->num_timed;
+}
+
+std::vector<std::string> Linear::describe() const {
+  std::vector<std::string> lines;
+  for (const auto& [key, plan] : impl_->plans) {
+    std::string name = "linear_skinny";
+    if (!plan.skinny)
+      name = concat("cuBLASLt ", algo_attribute<int32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_ID),
+                    " tile ", algo_attribute<uint32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
+                    " split ", algo_attribute<int32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM));
+    lines.push_back(concat("[", key.bucket, ", ", key.k, "] x [", key.n, ", ", key.k, "]",
+                           key.f32_out ? " to float32" : "", key.bias ? " + bias" : "", ": ", name,
+                           ", ", plan.microseconds, " us"));
+  }
+  return lines;
+}
+
+}  // namespace ni::cuda

@@ -1,0 +1,147 @@
+// RMSNorm (Zhang and Sennrich, 2019) and LayerNorm (Ba et al., 2016), with or without the residual
+// add before it:
+//   residual += x (rounded to the activations' type);  out = (h - mean) * rsqrt(var + eps) * w (+
+//   b)
+// where h is the residual, or x if there is none; RMSNorm has mean 0.
+// Layout: rows of n elements, strides free. One block a row; a thread holds vectors of 8 elements
+// tid, tid + threads, … in registers, so that each element is read once.
+// Moves 2 to 4 times rows * n * 2 bytes; bound by memory bandwidth, by the launch where rows are
+// few. Promise 1: threads and the order of the sum depend on n and on the alignment of rows alone.
+#include "cuda/common.cuh"
+#include "cuda/kernels.h"
+
+namespace ni::cuda {
+namespace {
+
+constexpr int kMaxThreads = 512;
+
+struct NormParams {
+  const void* x;
+  void* residual;
+  void* out;
+  int64_t x_stride, residual_stride, out_stride;
+  int n;
+  const float* weight;
+  const float* bias;
+  float eps;
+};
+
+// kItems vectors of V elements a thread.
+template <typename T, int V, int kItems, bool kLayer>
+__global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormParams p) {
+  using Elements = Vec<T, V>;
+  __shared__ float shared[33];
+  const int64_t row = blockIdx.x;
+  const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
+  T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
+  T* out = static_cast<T*>(p.out) + row * p.out_stride;
+  const int vectors = p.n / V;
+
+  float h[kItems][V];
+  float sum = 0;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= vectors) {
+#pragma unroll
+      for (int j = 0; j < V; ++j) h[k][j] = 0;
+      continue;
+    }
+    Elements e = reinterpret_cast<const Elements*>(x)[i];
+    if (p.residual != nullptr) {
+      const Elements r = reinterpret_cast<const Elements*>(residual)[i];
+#pragma unroll
+      for (int j = 0; j < V; ++j) e.v[j] = from_float<T>(as_float(e.v[j]) + as_float(r.v[j]));
+      reinterpret_cast<Elements*>(residual)[i] = e;
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      h[k][j] = as_float(e.v[j]);
+      sum += kLayer ? h[k][j] : h[k][j] * h[k][j];
+    }
+  }
+  sum = block_sum(sum, shared);
+  const float n = static_cast<float>(p.n);
+  float mean = 0, variance = sum / n;
+  if constexpr (kLayer) {
+    mean = sum / n;
+    float squares = 0;
+#pragma unroll
+    for (int k = 0; k < kItems; ++k) {
+      if (threadIdx.x + k * blockDim.x >= vectors) continue;
+#pragma unroll
+      for (int j = 0; j < V; ++j) squares += (h[k][j] - mean) * (h[k][j] - mean);
+    }
+    variance = block_sum(squares, shared) / n;
+  }
+  const float factor = rsqrtf(variance + p.eps);
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int i = threadIdx.x + k * blockDim.x;
+    if (i >= vectors) continue;
+    Elements y;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      float v = (h[k][j] - mean) * factor * p.weight[i * V + j];
+      if (p.bias != nullptr) v += p.bias[i * V + j];
+      y.v[j] = from_float<T>(v);
+    }
+    reinterpret_cast<Elements*>(out)[i] = y;
+  }
+}
+
+template <typename T, int V, int kItems>
+void launch(const NormParams& p, NormKind kind, int64_t rows, int threads, cudaStream_t stream) {
+  const auto grid = static_cast<unsigned>(rows);
+  if (kind == NormKind::layer)
+    norm_kernel<T, V, kItems, true><<<grid, threads, 0, stream>>>(p);
+  else
+    norm_kernel<T, V, kItems, false><<<grid, threads, 0, stream>>>(p);
+  check_launch("norm");
+}
+
+template <typename T, int V>
+void launch_items(const NormParams& p, NormKind kind, int64_t rows, cudaStream_t stream) {
+  const int vectors = p.n / V;
+  const int threads = std::min(kMaxThreads, (vectors + 31) / 32 * 32);
+  const int items = (vectors + threads - 1) / threads;
+  if (items <= 1) {
+    launch<T, V, 1>(p, kind, rows, threads, stream);
+  } else if (items <= 2) {
+    launch<T, V, 2>(p, kind, rows, threads, stream);
+  } else if (items <= 4) {
+    launch<T, V, 4>(p, kind, rows, threads, stream);
+  } else {
+    check_arg(items <= 8, "norm: rows of ", p.n, " elements are too long; at most ",
+              8 * V * kMaxThreads,
+              V == 1 ? " (of a length or stride that is no multiple of 8)" : "");
+    launch<T, V, 8>(p, kind, rows, threads, stream);
+  }
+}
+
+bool aligned(const void* data, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+}
+
+}  // namespace
+
+void norm(const void* x, int64_t x_stride, void* residual, int64_t residual_stride, int64_t rows,
+          int64_t n, const NormWeight& w, const NormArgs& a, DType dtype, void* out,
+          int64_t out_stride, cudaStream_t stream) {
+  if (rows == 0) return;
+  const NormParams p{
+      x,        residual, out,  x_stride, residual_stride, out_stride, static_cast<int>(n),
+      w.weight, w.bias,   a.eps};
+  const bool vectors = n % 8 == 0 && aligned(x, x_stride) && aligned(out, out_stride) &&
+                       aligned(residual, residual_stride);
+  dispatch_16bit(dtype, "norm", [&](auto type) {
+    using T = decltype(type);
+    if (vectors) {
+      launch_items<T, 8>(p, a.kind, rows, stream);
+    } else {
+      launch_items<T, 1>(p, a.kind, rows, stream);
+    }
+  });
+}
+
+}  // namespace ni::cuda

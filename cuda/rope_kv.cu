@@ -1,0 +1,153 @@
+// One kernel between the qkv product and attention: per-head RMSNorm of q and k (Qwen3), rotary
+// position embedding (Su et al., "RoFormer", 2021; Hugging Face's order: i pairs with i + half),
+// and the write of k and v into the paged cache, in its type (fp8: divided by its scale).
+//   q' = rotate(norm(q)) in place;  cache[slot] = rotate(norm(k)), v
+// Layout: qkv [T, (heads + 2 kv_heads) * d]; cos, sin [positions, rotary_dim / 2]; cache: KvView
+// with plain rows. One warp a (row, head); a lane holds elements 2 * lane, 2 * lane + 1 (+ 64 …) of
+// both halves of the rotated dimensions. Reads and writes each element once: about T * (2 heads + 4
+// kv_heads) * d * 2 bytes; bound by bandwidth, by the launch where rows are few.
+#include <cuda_fp8.h>
+
+#include "cuda/common.cuh"
+#include "cuda/kernels.h"
+
+namespace ni::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kMaxPairs = 4;  // of elements, a lane: head_dim <= 256
+
+struct RopeParams {
+  void* qkv;
+  int64_t qkv_stride;
+  int64_t rows;
+  int num_heads;
+  const int32_t* positions;
+  const int64_t* slot_mapping;
+  RopeArgs rope;
+  KvView kv;
+};
+
+template <typename C>
+__device__ __forceinline__ void store_pair(C* to, float2 v, float inverse_scale) {
+  Vec<C, 2> pair;
+  if constexpr (sizeof(C) == 1) {
+    pair.v[0] = C(v.x * inverse_scale);  // e4m3: to nearest even, saturating
+    pair.v[1] = C(v.y * inverse_scale);
+  } else {
+    pair.v[0] = from_float<C>(v.x);
+    pair.v[1] = from_float<C>(v.y);
+  }
+  *reinterpret_cast<Vec<C, 2>*>(to) = pair;
+}
+
+// T: activations, C: cache.
+template <typename T, typename C>
+__global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p) {
+  const int lane = threadIdx.x % 32;
+  const int heads = p.num_heads + 2 * p.kv.num_kv_heads;
+  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t row = unit / heads;
+  const int head = static_cast<int>(unit % heads);
+  if (row >= p.rows) return;
+  const int d = p.kv.head_dim, half = p.rope.rotary_dim / 2;
+  const bool is_q = head < p.num_heads;
+  const bool is_v = head >= p.num_heads + p.kv.num_kv_heads;
+  const int64_t slot = is_q ? 0 : p.slot_mapping[row];
+  if (slot < 0) return;  // a padding row writes nothing
+  T* x = static_cast<T*>(p.qkv) + row * p.qkv_stride + static_cast<int64_t>(head) * d;
+
+  // Pair k: elements [2 * lane + 64 k, + 2) of the head; for v and for what is not rotated.
+  float2 v[kMaxPairs];
+#pragma unroll
+  for (int k = 0; k < kMaxPairs; ++k) {
+    const int i = 2 * lane + 64 * k;
+    if (i >= d) continue;
+    const Vec<T, 2> e = *reinterpret_cast<const Vec<T, 2>*>(x + i);
+    v[k] = {as_float(e.v[0]), as_float(e.v[1])};
+  }
+  if (!is_v) {
+    const float* weight = is_q ? p.rope.q_norm.weight : p.rope.k_norm.weight;
+    if (weight != nullptr) {
+      float squares = 0;
+#pragma unroll
+      for (int k = 0; k < kMaxPairs; ++k)
+        if (2 * lane + 64 * k < d) squares += v[k].x * v[k].x + v[k].y * v[k].y;
+      const float factor = rsqrtf(warp_sum(squares) / static_cast<float>(d) + p.rope.norm_eps);
+#pragma unroll
+      for (int k = 0; k < kMaxPairs; ++k) {
+        const int i = 2 * lane + 64 * k;
+        if (i >= d) continue;
+        v[k].x *= factor * weight[i];
+        v[k].y *= factor * weight[i + 1];
+      }
+    }
+    if (p.rope.cos != nullptr) {
+      // The partner of element i is i + half or i - half, which another lane may hold.
+      extern __shared__ float exchange[];
+      float* own = exchange + static_cast<int64_t>(threadIdx.x / 32) * d;
+#pragma unroll
+      for (int k = 0; k < kMaxPairs; ++k)
+        if (2 * lane + 64 * k < d) *reinterpret_cast<float2*>(own + 2 * lane + 64 * k) = v[k];
+      __syncwarp();
+      const int64_t at = static_cast<int64_t>(p.positions[row]) * half;
+#pragma unroll
+      for (int k = 0; k < kMaxPairs; ++k) {
+        const int i = 2 * lane + 64 * k;
+        if (i >= 2 * half) continue;
+        const bool upper = i >= half;
+        const int j = upper ? i - half : i;
+        const float2 other = *reinterpret_cast<const float2*>(own + (upper ? i - half : i + half));
+        const float2 c = *reinterpret_cast<const float2*>(p.rope.cos + at + j);
+        const float2 s = *reinterpret_cast<const float2*>(p.rope.sin + at + j);
+        const float sign = upper ? 1.0f : -1.0f;
+        v[k] = {v[k].x * c.x + sign * other.x * s.x, v[k].y * c.y + sign * other.y * s.y};
+      }
+    }
+  }
+
+  if (is_q) {
+#pragma unroll
+    for (int k = 0; k < kMaxPairs; ++k)
+      if (2 * lane + 64 * k < d) store_pair(x + 2 * lane + 64 * k, v[k], 1.0f);
+    return;
+  }
+  const int kv_head = (head - p.num_heads) % p.kv.num_kv_heads;
+  const int64_t block = slot / p.kv.block_size;
+  const auto offset = static_cast<int32_t>(slot % p.kv.block_size);
+  C* to = static_cast<C*>(is_v ? p.kv.v : p.kv.k) + p.kv.v_offset(block, kv_head, offset, 0);
+  const float inverse = 1.0f / (is_v ? p.kv.v_scale : p.kv.k_scale);
+#pragma unroll
+  for (int k = 0; k < kMaxPairs; ++k)
+    if (2 * lane + 64 * k < d) store_pair(to + 2 * lane + 64 * k, v[k], inverse);
+}
+
+}  // namespace
+
+void rope_kv_write(void* qkv, int64_t qkv_stride, int64_t rows, int32_t num_heads,
+                   const int32_t* positions, const int64_t* slot_mapping, const RopeArgs& a,
+                   const KvView& kv, DType dtype, cudaStream_t stream) {
+  if (rows == 0) return;
+  check_arg(kv.head_dim % 4 == 0 && kv.head_dim <= 64 * kMaxPairs, "rope_kv_write: head_dim ",
+            kv.head_dim, " is not a multiple of 4 up to ", 64 * kMaxPairs);
+  check_arg(a.rotary_dim % 4 == 0 && a.rotary_dim <= kv.head_dim, "rope_kv_write: rotary_dim ",
+            a.rotary_dim, " is not a multiple of 4 up to ", kv.head_dim);
+  check_arg(kv.tile() == 1, "rope_kv_write: K must be plain rows on CUDA");
+  const RopeParams p{qkv, qkv_stride, rows, num_heads, positions, slot_mapping, a, kv};
+  const int64_t units = rows * (num_heads + 2 * kv.num_kv_heads);
+  const auto grid = static_cast<unsigned>((units + kWarps - 1) / kWarps);
+  const size_t smem = kWarps * sizeof(float) * static_cast<size_t>(kv.head_dim);
+  dispatch_16bit(dtype, "rope_kv_write", [&](auto type) {
+    using T = decltype(type);
+    if (kv.dtype == DType::fp8_e4m3) {
+      rope_kv_kernel<T, __nv_fp8_e4m3><<<grid, kWarps * 32, smem, stream>>>(p);
+    } else {
+      check_arg(kv.dtype == dtype, "rope_kv_write: a cache of ", dtype_name(kv.dtype), " with ",
+                dtype_name(dtype), " activations; it must be of the same type or fp8_e4m3");
+      rope_kv_kernel<T, T><<<grid, kWarps * 32, smem, stream>>>(p);
+    }
+  });
+  check_launch("rope_kv_write");
+}
+
+}  // namespace ni::cuda

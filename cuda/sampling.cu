@@ -1,0 +1,398 @@
+// The sampler; what it computes is told at the top of cpu/sampling.cpp, with which it agrees token
+// for token, up to rounding at the boundary of a draw:
+//   raw log-probabilities, ranks; bias -> mask -> penalties -> temperature -> top-k -> top-p ->
+//   min-p -> the first token at which the running sum of p exceeds u times the whole.
+// logits: [rows, vocab] fp32, never written. A row is cut into 32 segments, whatever else runs:
+//   segment_kernel  32 blocks a row: maximum, and mass = sum exp((z - maximum) / temperature).
+//                   Rows with biases, masks or penalties get a processed copy in the workspace.
+//   bin_kernel      8 blocks a row, top-k and top-p rows only: tokens and mass by distance from
+//                   the maximum, in bins of 1/64 nat.
+//   choose_kernel   1 block a row, a warp a segment: the cut within a bin, the draw, the scores.
+// Greedy and plain draws read each logit once from device memory (rows * vocab * 4 bytes, which
+// bounds them), and one segment again; cuts read a row four times, mostly from L2. Masses that
+// decide a cut are integers, so atomics may add them in any order; all other sums have a fixed one.
+#include "core/philox.h"
+#include "cuda/sampling.cuh"
+
+namespace ni::cuda {
+namespace {
+
+using namespace sampling;
+
+constexpr float kGreedyBelow = 1e-5f;
+constexpr int kSegmentThreads = 256, kBinThreads = 512, kBinBlocks = 8;
+constexpr int64_t kMaxVocab = 1 << 21;  // so that masses fit into 64 bits
+
+__device__ bool is_greedy(const SamplingRow& r) {
+  return r.temperature < kGreedyBelow;
+}
+__device__ float factor_of(const SamplingRow& r) {
+  return is_greedy(r) ? 1.0f : 1.0f / r.temperature;
+}
+__device__ bool is_scored(const SamplingRow& r) {
+  return r.num_logprobs >= 0 || r.target >= 0;
+}
+__device__ bool has_penalties(const SamplingRow& r) {
+  return r.counts_end > r.counts_begin &&
+         (r.repetition_penalty != 1 || r.presence_penalty != 0 || r.frequency_penalty != 0);
+}
+__device__ bool is_processed(const SamplingRow& r) {
+  return r.bias_end > r.bias_begin || r.mask_row >= 0 || has_penalties(r);
+}
+__device__ bool has_top_k(const SamplingRow& r, int32_t vocab) {
+  return r.top_k > 0 && r.top_k < vocab;
+}
+__device__ bool has_cut(const SamplingRow& r, int32_t vocab) {
+  return r.target < 0 && !is_greedy(r) && (has_top_k(r, vocab) || r.top_p < 1);
+}
+__device__ const uint32_t* mask_of(const Sampler& s, const SamplingRow& r) {
+  const int64_t words = (s.vocab + 31) / 32;
+  return r.mask_row < 0 ? nullptr : s.step->token_masks + r.mask_row * words;
+}
+__device__ bool is_allowed(const uint32_t* mask, int32_t id) {
+  return mask == nullptr || (mask[id / 32] >> (id % 32) & 1u) != 0;
+}
+
+// -- segment_kernel -------------------------------------------------------------------------------
+
+struct Summary {
+  float max;
+  int32_t argmax;
+  double mass;
+};
+
+// Of x[begin, end): a thread's sum follows its own maximum, and is scaled to the block's at the
+// end.
+__device__ Summary summarize(const float* x, int32_t begin, int32_t end, float factor,
+                             bool with_mass) {
+  float top = -kInf;
+  int32_t at = kMaxInt;
+  double mass = 0;
+  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x); i < end;
+       i += kUnroll * kSegmentThreads) {
+    float v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int32_t id = i + u * kSegmentThreads;
+      v[u] = id < end ? clean(x[id]) : -kInf;
+    }
+    const float before = top;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (v[u] > top) {
+        top = v[u];
+        at = i + u * kSegmentThreads;
+      }
+    }
+    if (!with_mass) continue;
+    const Softmax softmax{top, factor};
+    float sum = 0;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) sum += softmax.p(v[u]);
+    mass = mass * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
+  }
+  const uint64_t best = block_reduce(order_of(key_of(top), at), Min{});
+  Summary s{value_of(~static_cast<uint32_t>(best >> 32)), static_cast<int32_t>(best), 0};
+  if (with_mass)
+    s.mass = block_reduce(mass * static_cast<double>(Softmax{s.max, factor}.p(top)), Add{});
+  return s;
+}
+
+// z[begin, end) = the logits after bias, mask and penalties. What is masked stays at -infinity (or
+// becomes NaN, which is the same), so the mask may come before the biases.
+__device__ void process(const Sampler& s, const SamplingRow& r, const float* raw, float* z,
+                        int32_t begin, int32_t end) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const uint32_t* mask = mask_of(s, r);
+  for (int32_t i = begin + thread; i < end; i += kSegmentThreads)
+    z[i] = is_allowed(mask, i) ? raw[i] : -kInf;
+  __syncthreads();
+  const auto is_mine = [&](int32_t token) { return token >= begin && token < end; };
+  // A token may have several biases: one thread adds them, in their order.
+  for (int32_t i = r.bias_begin; i < r.bias_end; ++i) {
+    const TokenBias b = s.step->token_biases[i];
+    if (b.token % kSegmentThreads == thread && is_mine(b.token)) z[b.token] += b.bias;
+  }
+  __syncthreads();
+  if (!has_penalties(r)) return;
+  for (int32_t i = r.counts_begin + thread; i < r.counts_end; i += kSegmentThreads) {
+    const TokenCount c = s.step->token_counts[i];
+    if (!is_mine(c.token)) continue;
+    float v = z[c.token];  // rounded at each operation, as on the CPU
+    v = v > 0 ? __fdiv_rn(v, r.repetition_penalty) : __fmul_rn(v, r.repetition_penalty);
+    if (c.output_count > 0) {
+      const float frequency = __fmul_rn(r.frequency_penalty, static_cast<float>(c.output_count));
+      v = __fsub_rn(v, __fadd_rn(r.presence_penalty, frequency));
+    }
+    z[c.token] = v;
+  }
+  __syncthreads();
+}
+
+// Grid: [rows, kSegments].
+__global__ void __launch_bounds__(kSegmentThreads, 6) segment_kernel(Sampler s) {
+  const int row = static_cast<int>(blockIdx.x), segment = static_cast<int>(blockIdx.y);
+  if (s.is_padding(row)) return;
+  const SamplingRow r = s.step->sampling[s.first + row];
+  const int32_t begin = s.begin(segment), end = s.begin(segment + 1);
+  constexpr int kShare = kBins / kSegments;
+  if (has_cut(r, s.vocab) && threadIdx.x < kShare) {  // bin_kernel adds to them
+    const int bin = row * kBins + segment * kShare + static_cast<int>(threadIdx.x);
+    s.counts[bin] = 0;
+    s.mass[bin] = 0;
+  }
+  const float* raw = s.raw(row);
+  const float factor = factor_of(r);
+  Summary of_raw{}, of_z{};
+  if (is_scored(r)) of_raw = summarize(raw, begin, end, 1.0f, true);
+  if (r.target < 0) {
+    const bool processed = is_processed(r);
+    if (processed) process(s, r, raw, s.copy(row), begin, end);
+    of_z = !processed && is_scored(r) && factor == 1
+               ? of_raw
+               : summarize(processed ? s.copy(row) : raw, begin, end, factor, !is_greedy(r));
+  }
+  if (threadIdx.x == 0)
+    s.stats[row * kSegments + segment] = {of_z.max, of_z.argmax, of_z.mass, of_raw.max,
+                                          of_raw.mass};
+}
+
+// -- bin_kernel -----------------------------------------------------------------------------------
+
+// Grid: [rows, kBinBlocks].
+__global__ void __launch_bounds__(kBinThreads) bin_kernel(Sampler s) {
+  const int row = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
+  if (s.is_padding(row)) return;
+  const SamplingRow& r = s.step->sampling[s.first + row];
+  if (!has_cut(r, s.vocab)) return;
+  const float best = warp_max(s.stats[row * kSegments + static_cast<int>(threadIdx.x) % 32].max);
+  if (isinf(best)) return;  // nothing will be drawn
+
+  __shared__ Bins bins;
+  bins.clear();
+  __syncthreads();
+  constexpr int kShare = kSegments / kBinBlocks;
+  const int32_t end = s.begin((part + 1) * kShare);
+  const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
+  const Softmax softmax{best, factor_of(r)};
+  const bool with_mass = r.top_p < 1;
+#pragma unroll kUnroll
+  for (int32_t i = s.begin(part * kShare) + static_cast<int32_t>(threadIdx.x); i < end;
+       i += kBinThreads) {
+    const float v = clean(z[i]);
+    bins.add(softmax.bin(v), with_mass ? softmax.units(v) : 0);
+  }
+  __syncthreads();
+  for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kBinThreads) {
+    if (bins.counts[b] == 0) continue;
+    atomicAdd(&s.counts[row * kBins + b], bins.counts[b]);
+    atomicAdd(&s.mass[row * kBins + b], static_cast<unsigned long long>(bins.mass_of(b)));
+  }
+}
+
+// -- choose_kernel --------------------------------------------------------------------------------
+
+// Everything is banned: the best raw logit that the mask allows, else its lowest token, else 0.
+__device__ int32_t fallback(const Sampler& s, const SamplingRow& r, const float* raw) {
+  const uint32_t* mask = mask_of(s, r);
+  uint64_t best = order_of(0, 0);
+  each_token(raw, s.vocab, [&](float v, int32_t id) {
+    if (is_allowed(mask, id)) best = min(best, order_of(key_of(v), id));
+  });
+  return static_cast<int32_t>(block_reduce(best, Min{}));
+}
+
+// The last token, in the order of likelihood, that top-k and top-p leave.
+__device__ uint64_t last_kept(const Sampler& s, const SamplingRow& r, int row, const float* z,
+                              Softmax softmax, Shared& sh) {
+  if (!has_cut(r, s.vocab)) return kNothing;
+  const bool top_p = r.top_p < 1;
+  Selector selector(s, z, softmax, top_p, row, sh);
+  Cut cut;
+  if (has_top_k(r, s.vocab)) {
+    cut = selector.cut({false, static_cast<uint32_t>(r.top_k), 0});
+  } else {
+    cut.mass = selector.mass();
+  }
+  if (top_p) {
+    const double wanted = static_cast<double>(r.top_p) * static_cast<double>(cut.mass);
+    cut = selector.cut({true, 0, __double2ull_ru(wanted)});
+  }
+  return cut.last;
+}
+
+__device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Shared& sh) {
+  const int lane = threadIdx.x % 32;
+  const SegmentStats& stats = s.stats[row * kSegments + lane];
+  const uint64_t order = warp_reduce(order_of(key_of(stats.max), stats.argmax), Min{});
+  const float best = value_of(~static_cast<uint32_t>(order >> 32));
+  if (best == -kInf) return fallback(s, r, s.raw(row));
+  if (is_greedy(r) || best == kInf) return static_cast<int32_t>(order);
+
+  const double u = philox_uniform(r.seed, r.choice, static_cast<uint32_t>(r.position));
+  const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
+  const float factor = factor_of(r);
+  Weight weight{{best, factor}, r.min_p, kNothing};
+  if (has_cut(r, s.vocab) || r.min_p > 0) {
+    weight.last = last_kept(s, r, row, z, weight.softmax, sh);
+    return find_in_row(s, z, weight, u, sh);
+  }
+  // In units of the segment's own maximum, as segment_kernel has summed.
+  if (threadIdx.x < 32) {
+    const double below = static_cast<double>(stats.max) - static_cast<double>(best);
+    const double scale = exp(below * static_cast<double>(factor));
+    pick_segment(stats.mass * scale, u, scale, sh);
+  }
+  __syncthreads();
+  weight.softmax.base = s.stats[row * kSegments + sh.segment].max;
+  const int32_t begin = s.begin(sh.segment), end = s.begin(sh.segment + 1);
+  return find_token(z, begin, end, weight, sh.left, sh);
+}
+
+// Log-probabilities and ranks of a row, over the logits as they came.
+class Scorer {
+ public:
+  __device__ Scorer(const Sampler& s, int row, Shared& sh) : s_(s), raw_(s.raw(row)), sh_(sh) {
+    const int lane = threadIdx.x % 32;
+    const SegmentStats& stats = s.stats[row * kSegments + lane];
+    best_ = warp_max(stats.raw_max);
+    if (threadIdx.x < 32) {
+      const double best = static_cast<double>(best_);
+      const double mass = stats.raw_mass * exp(static_cast<double>(stats.raw_max) - best);
+      const double sum = warp_reduce(stats.raw_max > -kInf ? mass : 0.0, Add{});
+      if (lane == 0) sh.log_sum = isinf(best_) ? best : best + log(sum);
+    }
+    __syncthreads();
+    log_sum_ = sh.log_sum;
+  }
+
+  __device__ float logprob(float value) const {
+    if (best_ == -kInf) return -kInf;
+    if (static_cast<double>(value) == log_sum_) return 0;  // both may be infinite
+    return static_cast<float>(static_cast<double>(value) - log_sum_);
+  }
+
+  __device__ int32_t rank(float value) const {
+    int32_t above = 0;
+    each_token(raw_, s_.vocab, [&](float v, int32_t) { above += v > value; });
+    return block_reduce(above, Add{}) + 1;
+  }
+
+  // `wanted` of the most likely tokens, as many at a time as can be sorted.
+  __device__ void write_top(int32_t wanted, int32_t* ids, float* logprobs) {
+    const auto thread = static_cast<int32_t>(threadIdx.x);
+    const int32_t found = min(wanted, s_.vocab);
+    for (int32_t i = found + thread; i < wanted; i += kChooseThreads) {
+      ids[i] = -1;
+      logprobs[i] = -kInf;
+    }
+    Selector selector(s_, raw_, {best_, 1.0f}, false, -1, sh_);
+    uint64_t before = 0;
+    for (int32_t done = 0; done < found; done += kSortCapacity) {
+      const int32_t upto = min(found, done + kSortCapacity);
+      const uint64_t last = selector.cut({false, static_cast<uint32_t>(upto), 0}).last;
+      const int count = selector.sort_items(before, done > 0, last);
+      for (int i = thread; i < count; i += kChooseThreads) {
+        const uint64_t order = sh_.items[i];
+        ids[done + i] = static_cast<int32_t>(order);
+        logprobs[done + i] = logprob(value_of(~static_cast<uint32_t>(order >> 32)));
+      }
+      before = last;
+    }
+  }
+
+ private:
+  const Sampler& s_;
+  const float* raw_;
+  Shared& sh_;
+  float best_;
+  double log_sum_;  // log sum exp(raw)
+};
+
+// Grid: [rows].
+__global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sampler s) {
+  __shared__ Shared sh;
+  const int row = static_cast<int>(blockIdx.x);
+  if (s.is_padding(row)) return;
+  const int64_t at = s.first + row;
+  const SamplingRow& r = s.step->sampling[at];
+  const int32_t token = r.target >= 0 ? r.target : choose(s, r, row, sh);
+  if (threadIdx.x == 0) s.out.token_ids[at] = token;
+  if (!is_scored(r)) return;
+
+  Scorer scorer(s, row, sh);
+  const float value = token < s.vocab ? clean(s.raw(row)[token]) : -kInf;
+  if (s.out.logprobs != nullptr && threadIdx.x == 0) s.out.logprobs[at] = scorer.logprob(value);
+  if (s.out.ranks != nullptr) {
+    const int32_t rank = scorer.rank(value);
+    if (threadIdx.x == 0) s.out.ranks[at] = rank;
+  }
+  const int32_t wanted = min(r.num_logprobs, s.out.max_logprobs);
+  if (wanted > 0) {
+    const int64_t to = at * s.out.max_logprobs;
+    scorer.write_top(wanted, s.out.top_ids + to, s.out.top_logprobs + to);
+  }
+}
+
+// Hands out the parts of a workspace; of none, it tells their size.
+class Parts {
+ public:
+  explicit Parts(void* data) : data_(static_cast<char*>(data)) {}
+  template <typename T>
+  void take(T*& part, int64_t count) {
+    if (data_ != nullptr) part = reinterpret_cast<T*>(data_ + bytes_);
+    bytes_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  char* data_;
+  size_t bytes_ = 0;
+};
+
+size_t lay_out(Sampler& s, int64_t rows, int64_t vocab, void* workspace) {
+  Parts parts(workspace);
+  parts.take(s.stats, rows * kSegments);
+  parts.take(s.mass, rows * kBins);
+  parts.take(s.counts, rows * kBins);
+  parts.take(s.processed, rows * vocab);
+  return parts.bytes();
+}
+
+}  // namespace
+
+size_t sample_workspace_bytes(int64_t rows, int64_t vocab) {
+  Sampler s{};
+  return lay_out(s, rows, vocab, nullptr);
+}
+
+void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
+            const StepInputs* step, int32_t first, const SampleOutputs& out, void* workspace,
+            const Card&, cudaStream_t stream) {
+  check_arg(vocab > 0 && vocab <= kMaxVocab, "sample: vocabulary of ", vocab, ", not in [1, ",
+            kMaxVocab, "]");
+  check_arg(rows >= 0 && rows <= 65535, "sample: ", rows, " rows, not in [0, 65535]");
+  check_arg(first >= 0, "sample: first row ", first, " is below 0");
+  check_arg(out.token_ids != nullptr, "sample: no place for token_ids");
+  check_arg(out.max_logprobs <= 0 || (out.top_ids != nullptr && out.top_logprobs != nullptr),
+            "sample: no place for the most likely tokens");
+  if (rows == 0) return;
+  Sampler s{};
+  s.logits = logits;
+  s.stride = logits_stride;
+  s.vocab = static_cast<int32_t>(vocab);
+  s.segment = static_cast<int32_t>((vocab + 32 * kSegments - 1) / (32 * kSegments) * 32);
+  s.step = step;
+  s.first = first;
+  s.out = out;
+  lay_out(s, rows, vocab, workspace);
+  const auto grid_rows = static_cast<unsigned>(rows);
+  segment_kernel<<<dim3(grid_rows, kSegments), kSegmentThreads, 0, stream>>>(s);
+  check_launch("sample: segments");
+  bin_kernel<<<dim3(grid_rows, kBinBlocks), kBinThreads, 0, stream>>>(s);
+  check_launch("sample: bins");
+  choose_kernel<<<grid_rows, kChooseThreads, 0, stream>>>(s);
+  check_launch("sample: choose");
+}
+
+}  // namespace ni::cuda

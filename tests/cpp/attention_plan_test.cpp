@@ -1,0 +1,79 @@
+// Launch configurations of the attention kernels on every card they are made for, without a card.
+#include "../../cuda/attention_plan.h"
+
+#include <gtest/gtest.h>
+
+namespace ni::cuda {
+namespace {
+
+struct CardMemory {
+  int arch, max_smem, smem_per_sm;
+};
+constexpr CardMemory kCards[] = {
+    {80, 163 * 1024, 164 * 1024},
+    {86, 99 * 1024, 100 * 1024},
+    {89, 99 * 1024, 100 * 1024},
+    {90, 227 * 1024, 228 * 1024},
+};
+
+template <typename F>
+void for_each_case(const F& f) {
+  for (const CardMemory& card : kCards)
+    for (const int head_dim : {64, 96, 128, 256})
+      for (const int kv_bytes : {1, 2}) {
+        SCOPED_TRACE(testing::Message() << "arch " << card.arch << " head_dim " << head_dim
+                                        << " kv_bytes " << kv_bytes);
+        f(card, head_dim, kv_bytes);
+      }
+}
+
+TEST(AttentionPlan, DecodeFitsEveryCard) {
+  for_each_case([](const CardMemory& card, int head_dim, int kv_bytes) {
+    const DecodePlan plan = plan_decode(card.max_smem, card.smem_per_sm, head_dim, kv_bytes);
+    const int tiles = plan.stages * 2 * kTile * head_dim * kv_bytes;
+    EXPECT_GE(plan.stages, 1);
+    EXPECT_LE(plan.stages, 4);  // what the kernel can wait for
+    EXPECT_GE(plan.ctas_per_sm, 1);
+    EXPECT_LE(plan.smem, card.max_smem);
+    EXPECT_LE(plan.ctas_per_sm * (plan.smem + 1024), card.smem_per_sm);
+    EXPECT_GE(plan.smem, tiles + kMmaRows * (2 * head_dim + 2 * kDecodePStride + 16));
+    EXPECT_LE(plan.ctas_per_sm * kDecodeThreads, 1536);
+  });
+}
+
+TEST(AttentionPlan, DecodeKeepsHopperAndAmpereBusy) {
+  for_each_case([](const CardMemory& card, int head_dim, int kv_bytes) {
+    if (card.arch != 80 && card.arch != 90) return;
+    const DecodePlan plan = plan_decode(card.max_smem, card.smem_per_sm, head_dim, kv_bytes);
+    EXPECT_GE(plan.ctas_per_sm * (plan.stages - 1) * 2 * kTile * head_dim * kv_bytes, 64 * 1024);
+  });
+}
+
+TEST(AttentionPlan, PrefillFitsEveryCard) {
+  for_each_case([](const CardMemory& card, int head_dim, int kv_bytes) {
+    const PrefillPlan plan = plan_prefill(card.max_smem, head_dim, kv_bytes);
+    EXPECT_TRUE(plan.rows == 64 || plan.rows == 128) << plan.rows;  // 4 or 8 warps
+    EXPECT_TRUE(plan.stages == 1 || plan.stages == 2) << plan.stages;
+    EXPECT_EQ(plan.smem, plan.rows * head_dim * 2 +
+                             plan.stages * kTile * (head_dim + std::min(head_dim, 128)) * kv_bytes);
+    EXPECT_LE(plan.smem, card.max_smem);
+    const bool is_scarce = card.max_smem < 100 * 1024 && head_dim == 256;
+    EXPECT_EQ(plan.rows, is_scarce ? 64 : 128);
+    EXPECT_EQ(plan.stages, is_scarce && kv_bytes == 2 ? 1 : 2);
+  });
+}
+
+TEST(AttentionPlan, TooLittleSharedMemoryIsNoPlan) {
+  EXPECT_EQ(plan_decode(48 * 1024, 64 * 1024, 256, 2).stages, 0);
+  EXPECT_EQ(plan_prefill(48 * 1024, 256, 2).rows, 0);
+}
+
+TEST(AttentionPlan, ItemsAndChunksAreMadeOfWholeTiles) {
+  EXPECT_EQ(kKvChunk % kTile, 0);
+  EXPECT_EQ(kPrefillRows % 64, 0);
+  for (const int head_dim : {0, 32, 80, 112, 192, 512})
+    EXPECT_FALSE(is_attention_head_dim(head_dim));
+}
+
+}  // namespace
+}  // namespace ni::cuda

@@ -1,0 +1,304 @@
+// Matrix products: our kernel and cuBLASLt's plans against double, and against each other bit for
+// bit; the cache of plans.
+#include "cuda/linear.h"
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+
+#include "cuda/linear_plan.h"
+#include "device_array.h"
+
+namespace ni::test {
+namespace {
+
+using cuda::Linear;
+
+// A weight with its bias, on the device and as what the device has.
+struct Weight {
+  Weight(int64_t n, int64_t k, DType dtype, bool bias, uint32_t seed, float scale = 1)
+      : stride(Linear::weight_stride(k)),
+        memory(n, stride, dtype),
+        bias_memory(static_cast<size_t>(bias ? n : 1)) {
+    w.spec = {n, k, dtype, bias};
+    const auto raw = normal_floats(static_cast<size_t>(n * k), seed, scale);
+    std::vector<float> padded(static_cast<size_t>(n * stride), 0.0f);
+    for (int64_t r = 0; r < n; ++r)
+      std::copy_n(&raw[static_cast<size_t>(r * k)], k, &padded[static_cast<size_t>(r * stride)]);
+    memory.fill(padded);
+    values = memory.read();
+    w.data = memory.data();
+    if (bias) {
+      biases = normal_floats(static_cast<size_t>(n), seed + 1);
+      bias_memory.upload(biases.data(), biases.size() * 4);
+      w.bias = bias_memory.data();
+    }
+  }
+  int64_t stride;
+  DeviceMatrix memory;
+  DeviceArray<float> bias_memory;
+  std::vector<float> values, biases;
+  LinearWeight w;
+};
+
+// Rows of x on the device; what lies between them is finite and not zero.
+struct Rows {
+  Rows(int64_t m, int64_t k, DType dtype, uint32_t seed)
+      : stride((k + 7) / 8 * 8 + 16), memory(m, stride, dtype) {
+    memory.fill(normal_floats(static_cast<size_t>(m * stride), seed));
+    values = memory.read();
+    tensor = Tensor(memory.data(), dtype, {m, k});
+    tensor.row_stride = stride;
+  }
+  int64_t stride;
+  DeviceMatrix memory;
+  std::vector<float> values;
+  Tensor tensor;
+};
+
+struct Out {
+  Out(int64_t m, int64_t n, DType dtype) : stride((n + 7) / 8 * 8 + 8), memory(m, stride, dtype) {
+    tensor = Tensor(memory.data(), dtype, {m, n});
+    tensor.row_stride = stride;
+  }
+  int64_t stride;
+  DeviceMatrix memory;
+  Tensor tensor;
+};
+
+float to_type(float v, DType dtype) {
+  return decode_floats(encode_floats({v}, dtype), dtype)[0];
+}
+
+double ulp(double v, DType dtype) {
+  const int bits = dtype == DType::bf16 ? 7 : dtype == DType::f16 ? 10 : 23;
+  return std::ldexp(1.0, std::ilogb(std::max(std::abs(v), 1e-4)) - bits);
+}
+
+// The relative rule: at most twice the error of a plain fp32 loop, and two units of the output.
+void expect_right(const Rows& x, const Weight& w, const std::vector<float>& got, int64_t out_stride,
+                  DType out_dtype, const std::vector<float>* before = nullptr) {
+  const auto [n, k, dtype, bias] = w.w.spec;
+  double worst = 0, worst_naive = 0;
+  for (int64_t r = 0; r < x.tensor.rows(); ++r) {
+    for (int64_t c = 0; c < n; ++c) {
+      double want = 0, magnitude = 0;
+      float naive = 0;
+      for (int64_t i = 0; i < k; ++i) {
+        const float a = x.values[static_cast<size_t>(r * x.stride + i)];
+        const float b = w.values[static_cast<size_t>(c * w.stride + i)];
+        want += static_cast<double>(a) * static_cast<double>(b);
+        magnitude += std::abs(static_cast<double>(a) * static_cast<double>(b));
+        naive += a * b;
+      }
+      float extra = bias ? to_type(w.biases[static_cast<size_t>(c)], dtype) : 0.0f;
+      if (before != nullptr) extra += (*before)[static_cast<size_t>(r * out_stride + c)];
+      want += static_cast<double>(extra);
+      naive = to_type(naive + extra, out_dtype);
+      const float value = got[static_cast<size_t>(r * out_stride + c)];
+      ASSERT_FALSE(std::isnan(value)) << r << ", " << c;
+      const double off = std::abs(static_cast<double>(value) - want);
+      if (out_dtype == DType::f32) {
+        ASSERT_LE(off, 20 * 1.1920929e-7 * magnitude + 1e-6) << r << ", " << c;
+      } else {
+        ASSERT_LE(off, 2 * std::abs(static_cast<double>(naive) - want) + 2 * ulp(want, out_dtype) +
+                           20 * 1.1920929e-7 * magnitude)
+            << r << ", " << c << " of " << n << " x " << k;
+      }
+      worst = std::max(worst, off);
+      worst_naive = std::max(worst_naive, std::abs(static_cast<double>(naive) - want));
+    }
+  }
+  if (out_dtype != DType::f32) {
+    EXPECT_LE(worst, 2 * worst_naive + 1e-3);
+  }
+}
+
+// The bytes of one row of a result.
+std::vector<char> row_bytes(const Out& out, int64_t row) {
+  std::vector<char> all(out.memory.bytes());
+  out.memory.download(all.data(), all.size());
+  const auto size = static_cast<int64_t>(dtype_size(out.tensor.dtype));
+  const auto begin = all.begin() + row * out.stride * size;
+  return {begin, begin + out.tensor.cols() * size};
+}
+
+class LinearTest : public testing::TestWithParam<DType> {
+ protected:
+  void skinny(const Rows& x, const Weight& w, const Out& out, bool accumulate = false) {
+    cuda::linear_skinny(x.tensor.data, x.stride, x.tensor.rows(), w.w.data, w.stride,
+                        w.w.spec.in_features, w.w.spec.out_features, w.w.bias, accumulate,
+                        GetParam(), out.tensor.data, out.tensor.dtype, out.stride, card_, nullptr);
+  }
+  std::unique_ptr<Linear> linear(bool invariant, const std::string& cache = "") {
+    Linear::Options o;
+    o.dtype = GetParam();
+    o.batch_invariant = invariant;
+    o.plan_cache = cache;
+    return std::make_unique<Linear>(card_, o, nullptr);
+  }
+  const cuda::Card card_ = this_card();
+};
+INSTANTIATE_TEST_SUITE_P(Types, LinearTest, testing::Values(DType::bf16, DType::f16),
+                         [](const auto& i) { return std::string(dtype_name(i.param)); });
+
+TEST_P(LinearTest, SkinnyMatchesDouble) {
+  uint32_t seed = 0;
+  for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{{1, 8, 16},
+                                                                   {1, 1, 1},
+                                                                   {2, 33, 7},
+                                                                   {5, 70, 257},
+                                                                   {8, 128, 512},
+                                                                   {9, 40, 1000},
+                                                                   {17, 65, 300},
+                                                                   {33, 24, 130},
+                                                                   {64, 200, 128},
+                                                                   {100, 48, 64},
+                                                                   {1, 1024, 3072}}) {
+    for (const bool bias : {false, true}) {
+      for (const DType out_dtype : {GetParam(), DType::f32}) {
+        const Weight w(n, k, GetParam(), bias, ++seed);
+        const Rows x(m, k, GetParam(), ++seed);
+        const Out out(m, n, out_dtype);
+        skinny(x, w, out);
+        expect_right(x, w, out.memory.read(), out.stride, out_dtype);
+        EXPECT_TRUE(out.memory.intact() && x.memory.intact());
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+TEST_P(LinearTest, AccumulatesIntoTheOutput) {
+  for (const int64_t m : {1, 12, 100}) {
+    const Weight w(72, 96, GetParam(), m == 12, 1);
+    const Rows x(m, 96, GetParam(), 2);
+    Out out(m, 72, GetParam());
+    out.memory.fill(normal_floats(out.memory.bytes() / 2, 3));
+    const auto before = out.memory.read();
+    linear(true)->run(x.tensor, w.w, {true}, out.tensor, nullptr);
+    expect_right(x, w, out.memory.read(), out.stride, GetParam(), &before);
+  }
+}
+
+TEST_P(LinearTest, RandomShapesInBothModes) {
+  std::mt19937 rng(5);
+  const auto pick = [&](int64_t most) {
+    return std::uniform_int_distribution<int64_t>(1, most)(rng);
+  };
+  for (const bool invariant : {true, false}) {
+    const auto l = linear(invariant);
+    for (int i = 0; i < 30; ++i) {
+      const int64_t m = pick(i % 3 == 0 ? 300 : 70), n = pick(200), k = pick(400);
+      const DType out_dtype = i % 4 == 0 ? DType::f32 : GetParam();
+      const Weight w(n, k, GetParam(), i % 2 == 0, static_cast<uint32_t>(2 * i));
+      const Rows x(m, k, GetParam(), static_cast<uint32_t>(100 + i));
+      const Out out(m, n, out_dtype);
+      l->run(x.tensor, w.w, {}, out.tensor, nullptr);
+      expect_right(x, w, out.memory.read(), out.stride, out_dtype);
+      EXPECT_TRUE(out.memory.intact());
+      if (HasFailure()) return;
+    }
+  }
+}
+
+// The plans that are timed for a model's weights, in both modes.
+TEST_P(LinearTest, PreparedPlansMatchDouble) {
+  const Weight a(320, 512, GetParam(), true, 1), b(512, 320, GetParam(), false, 3),
+      head(1000, 512, GetParam(), false, 5);
+  for (const bool invariant : {true, false}) {
+    const auto l = linear(invariant);
+    l->prepare({&a.w, &b.w, &head.w}, 300);
+    EXPECT_GT(l->num_timed(), 0);
+    for (const int64_t m : {1, 3, 16, 40, 64, 65, 130, 300}) {
+      for (const Weight* w : {&a, &b, &head}) {
+        const DType out_dtype = w == &head ? DType::f32 : GetParam();
+        const Rows x(m, w->w.spec.in_features, GetParam(), static_cast<uint32_t>(m));
+        const Out out(m, w->w.spec.out_features, out_dtype);
+        l->run(x.tensor, w->w, {}, out.tensor, nullptr);
+        expect_right(x, *w, out.memory.read(), out.stride, out_dtype);
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+// Promise 1: a row has the same bits alone and among any number of others, whichever plan runs.
+TEST_P(LinearTest, RowsHaveTheSameBitsAtEveryNumberOfRows) {
+  const int64_t m = 300;
+  for (const auto& [n, k, bias] : std::vector<std::tuple<int64_t, int64_t, bool>>{
+           {256, 4096, false}, {1024, 3072, true}, {4096, 256, false}, {96, 14336, false}}) {
+    const Weight w(n, k, GetParam(), bias, 1, 0.02f), head(512, k, GetParam(), false, 9);
+    const auto l = linear(true);
+    l->prepare({&w.w, &head.w}, m);
+    const Rows x(m, k, GetParam(), 2);
+    const Out all(m, n, GetParam());
+    l->run(x.tensor, w.w, {}, all.tensor, nullptr);
+    const Out own(m, n, GetParam());
+    skinny(x, w, own);
+    std::vector<char> together(all.memory.bytes()), canonical(own.memory.bytes());
+    all.memory.download(together.data(), together.size());
+    own.memory.download(canonical.data(), canonical.size());
+    for (int64_t r = 0; r < m; ++r)
+      ASSERT_EQ(row_bytes(all, r), row_bytes(own, r)) << n << " " << r;
+    for (const int64_t rows : {1, 2, 5, 8, 13, 16, 31, 33, 64, 100, 128, 129, 200, 257}) {
+      const Out part(rows, n, GetParam());
+      const int64_t first = m - rows;
+      l->run(x.tensor.rows(first, rows), w.w, {}, part.tensor, nullptr);
+      for (const int64_t r : {int64_t{0}, rows / 2, rows - 1})
+        ASSERT_EQ(row_bytes(part, r), row_bytes(all, first + r)) << n << " " << rows << " " << r;
+    }
+  }
+}
+
+TEST_P(LinearTest, PlansAreCachedAndABrokenFileIsIgnored) {
+  const auto folder = std::filesystem::temp_directory_path() /
+                      ("nano-inference-" + std::to_string(std::random_device{}()));
+  const std::string file = (folder / "deep" / "plans.txt").string();
+  const Weight w(64, 128, GetParam(), true, 1), head(100, 128, GetParam(), false, 2);
+  const auto first = linear(true, file);
+  first->prepare({&w.w, &head.w}, 100);
+  EXPECT_GT(first->num_timed(), 0);
+  const auto second = linear(true, file);
+  second->prepare({&w.w, &head.w}, 100);
+  EXPECT_EQ(second->num_timed(), 0);
+  EXPECT_EQ(second->describe(), first->describe());
+  const auto fastest = linear(false, file);  // another mode has plans of its own
+  fastest->prepare({&w.w, &head.w}, 100);
+  EXPECT_GT(fastest->num_timed(), 0);
+  {
+    std::ofstream broken(file);
+    broken << "nonsense\n" << std::string(5000, 'x') << "\n\0\xff";
+  }
+  const auto third = linear(true, file);
+  third->prepare({&w.w, &head.w}, 100);
+  EXPECT_GT(third->num_timed(), 0);
+  const Rows x(70, 128, GetParam(), 3);
+  const Out out(70, 64, GetParam());
+  third->run(x.tensor, w.w, {}, out.tensor, nullptr);
+  expect_right(x, w, out.memory.read(), out.stride, GetParam());
+  const auto nowhere = linear(true, "/proc/no/such/place");
+  nowhere->prepare({&w.w, &head.w}, 100);
+  std::filesystem::remove_all(folder);
+}
+
+TEST(LinearPlan, FitsEveryCardAndSpreadsTheStrips) {
+  struct {
+    int sms, block, sm;
+  } const cards[] = {
+      {108, 163 << 10, 164 << 10}, {84, 99 << 10, 100 << 10}, {132, 227 << 10, 228 << 10}};
+  for (const auto& card : cards)
+    for (const int64_t m : {1, 8, 9, 16, 17, 32, 33, 64, 500})
+      for (const int64_t n : {8, 1000, 1024, 4096, 6144, 28672, 151936}) {
+        const auto p = cuda::plan_skinny(m, n, card.sms, card.block, card.sm);
+        EXPECT_GE(p.stages, 2);
+        EXPECT_LE(p.smem, card.block);
+        EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
+        EXPECT_TRUE(p.warps == 1 || p.warps == 2 || p.warps == 4 || p.warps == 8);
+      }
+  EXPECT_EQ(cuda::plan_skinny(1, 1024, 132, 227 << 10, 228 << 10).warps, 1);  // 128 strips
+}
+
+}  // namespace
+}  // namespace ni::test

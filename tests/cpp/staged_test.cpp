@@ -1,0 +1,157 @@
+// The staging layer: over a CPU it gives exactly that CPU's results, and it sees what an operator
+// writes beside them. And the work lists of attention, which it builds for its inner backend.
+#include "core/attn_items.h"
+#include "reference.h"
+
+namespace ni::test {
+namespace {
+
+TEST(Staged, GivesExactlyTheInnerResults) {
+  const auto plain = make_cpu("portable");
+  StagedBackend staged(make_cpu("portable"));
+  EXPECT_EQ(staged.info().device, "cpu");
+  EXPECT_EQ(staged.info().activation_dtype, DType::f32);
+  auto w = random_floats(33, 1), b = random_floats(33, 2), bias = random_floats(50, 3);
+  TestWeight weight(*plain, 50, 33, DType::bf16, DType::f32, random_floats(50 * 33, 4));
+  TestWeight weight_there(staged, 50, 33, DType::bf16, DType::f32, random_floats(50 * 33, 4));
+  weight.weight.bias = weight_there.weight.bias = bias.data();
+  const auto x = random_floats(7 * 33, 5), old = random_floats(7 * 50, 6);
+  const auto run = [&](Backend& backend, const LinearWeight& matrix) {
+    Guarded in(7, 33, x), residual(7, 33, x), normed(7, 33), product(7, 50, old), half(7, 25);
+    backend.add_norm(in.tensor(), residual.tensor(), {w.data(), b.data()}, {NormKind::layer},
+                     normed.tensor());
+    backend.linear(normed.tensor(), matrix, {true}, product.tensor());
+    backend.activation(product.tensor(), Activation::silu, true, half.tensor());
+    EXPECT_TRUE(residual.intact() && normed.intact() && product.intact() && half.intact());
+    return std::array{residual, normed, product, half};
+  };
+  auto here = run(*plain, weight.weight), there = run(staged, weight_there.weight);
+  for (size_t i = 0; i < here.size(); ++i)
+    for (int64_t r = 0; r < 7; ++r) EXPECT_TRUE(here[i].same_row(r, there[i], r)) << i;
+}
+
+// An inner backend whose norm writes where the test says.
+class Careless final : public Backend {
+ public:
+  enum class Fault { none, beside_row, before, after, into_input, leaves_out };
+
+  const BackendInfo& info() const override { return cpu_->info(); }
+  size_t memory_available() const override { return cpu_->memory_available(); }
+  Buffer alloc(size_t bytes) override { return cpu_->alloc(bytes); }
+  Buffer alloc_host(size_t bytes) override { return cpu_->alloc_host(bytes); }
+  void upload(const void* h, void* d, size_t n) override { cpu_->upload(h, d, n); }
+  void download(const void* d, void* h, size_t n) override { cpu_->download(d, h, n); }
+  void synchronize() override {}
+  uint64_t mark() override { return 0; }
+  void wait(uint64_t) override {}
+  void run_step(GraphKey, const std::function<void()>& step) override { step(); }
+  bool healthy() const override { return true; }
+  void check_model(DType, int32_t, const KvView&) const override {}
+  size_t weight_bytes(const WeightSpec& s) const override { return cpu_->weight_bytes(s); }
+  void load_rows(const LinearWeight& w, int64_t r, Tensor t) override { cpu_->load_rows(w, r, t); }
+  void prepare(const std::vector<const LinearWeight*>&, int64_t) override {}
+  void embed(const StepInputs&, const LinearWeight&, const EmbedArgs&, Tensor) override {}
+  void norm(Tensor x, const NormWeight& w, const NormArgs& a, Tensor out) override {
+    if (fault != Fault::leaves_out) cpu_->norm(x, w, a, out);
+    float* first = out.as<float>();
+    if (fault == Fault::beside_row) first[out.cols()] += 1;
+    if (fault == Fault::before) first[-1] += 1;
+    if (fault == Fault::after) first[out.rows() * out.row_stride] += 1;
+    if (fault == Fault::into_input) x.as<float>()[0] += 1;
+  }
+  void add_norm(Tensor, Tensor, const NormWeight&, const NormArgs&, Tensor) override {}
+  void linear(Tensor, const LinearWeight&, const LinearArgs&, Tensor) override {}
+  void rope_kv_write(Tensor, const StepInputs&, const RopeArgs&, const KvView&) override {}
+  void attention(Tensor, const StepInputs&, const AttnArgs&, const KvView&, Tensor) override {}
+  void activation(Tensor, Activation, bool, Tensor) override {}
+  void gather_rows(Tensor, const int32_t*, int64_t, Tensor) override {}
+  void copy_blocks(const StepInputs&, const KvView&) override {}
+  void sample(Tensor, const StepInputs&, int32_t, const SampleOutputs&) override {}
+
+  Fault fault = Fault::none;
+
+ private:
+  std::unique_ptr<CpuBackend> cpu_ = make_cpu("reference", 1);
+};
+
+TEST(Staged, SeesStrayWritesAndForgottenElements) {
+  using Fault = Careless::Fault;
+  for (const int64_t cols : {20, 32}) {  // 32 floats fill 128 bytes
+    auto w = random_floats(static_cast<size_t>(cols), 1);
+    const auto x = random_floats(static_cast<size_t>(3 * cols), 2);
+    for (const Fault fault : {Fault::none, Fault::beside_row, Fault::before, Fault::after,
+                              Fault::into_input, Fault::leaves_out}) {
+      auto inner = std::make_unique<Careless>();
+      inner->fault = fault;
+      StagedBackend staged(std::move(inner));
+      Guarded in(3, cols, x), out(3, cols, x);
+      const auto norm = [&] { staged.norm(in.tensor(), {w.data()}, {}, out.tensor()); };
+      if (fault == Fault::none) {
+        norm();
+        EXPECT_FALSE(std::isnan(out.at(2, cols - 1)));
+      } else if (fault == Fault::leaves_out) {
+        norm();
+        EXPECT_TRUE(std::isnan(out.at(0, 0)) && std::isnan(out.at(2, cols - 1)));
+      } else {
+        EXPECT_THROW(norm(), std::logic_error) << static_cast<int>(fault);
+      }
+    }
+  }
+}
+
+// -- Work lists ----------------------------------------------------------------------------------
+
+struct Lists {
+  std::vector<std::pair<int32_t, int32_t>> decode, prefill;
+};
+
+Lists lists(const std::vector<int32_t>& query_lens, const std::vector<int32_t>& contexts,
+            const AttnTiling& tiling) {
+  std::vector<int32_t> starts{0};
+  for (const int32_t n : query_lens) starts.push_back(starts.back() + n);
+  std::vector<AttnItem> decode{{9, 9}}, prefill{{9, 9}};
+  build_attn_items(starts.data(), contexts.data(), static_cast<int32_t>(contexts.size()), tiling,
+                   decode, prefill);
+  Lists out;
+  for (const AttnItem& i : decode) out.decode.emplace_back(i.seq, i.index);
+  for (const AttnItem& i : prefill) out.prefill.emplace_back(i.seq, i.index);
+  return out;
+}
+
+using Items = std::vector<std::pair<int32_t, int32_t>>;
+
+TEST(AttnItems, CutDecodesAlongTheCacheAndPrefillsAlongTheirRows) {
+  const Lists l = lists({1, 70, 4, 0, 5, 1}, {257, 70, 256, 90, 300, 1}, {256, 64, 4, 100});
+  EXPECT_EQ(l.decode, (Items{{0, 0}, {0, 1}, {2, 0}, {5, 0}}));
+  // Last positions: 299 of sequence 4; 69 and 63 of sequence 1.
+  EXPECT_EQ(l.prefill, (Items{{4, 0}, {1, 1}, {1, 0}}));
+}
+
+TEST(AttnItems, TiesKeepTheOrderOfSequences) {
+  const Lists l = lists({64, 128, 64}, {128, 128, 128}, {256, 64, 4, 100});
+  EXPECT_EQ(l.prefill, (Items{{0, 0}, {1, 1}, {2, 0}, {1, 0}}));
+}
+
+TEST(AttnItems, WithoutRoomASequenceIsNotCut) {
+  const std::vector<int32_t> ones(4, 1), contexts{300, 900, 300, 600};  // 2, 4, 2 and 3 chunks
+  const Items cut{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {1, 3},
+                  {2, 0}, {2, 1}, {3, 0}, {3, 1}, {3, 2}};
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 11}).decode, cut);
+  // 10: the last one does not fit; 7: nor does the second; 4: none does.
+  Items most(cut.begin(), cut.begin() + 8);
+  most.emplace_back(3, -1);
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 10}).decode, most);
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 7}).decode,
+            (Items{{0, 0}, {0, 1}, {1, -1}, {2, 0}, {2, 1}, {3, -1}}));
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 4}).decode,
+            (Items{{0, -1}, {1, -1}, {2, -1}, {3, -1}}));
+}
+
+TEST(AttnItems, PaddingRowsGetNone) {
+  const Lists l = lists({1, 1, 1}, {5, 0, 0}, {256, 64, 4, 100});
+  EXPECT_EQ(l.decode, (Items{{0, 0}}));
+  EXPECT_TRUE(l.prefill.empty());
+}
+
+}  // namespace
+}  // namespace ni::test
