@@ -533,6 +533,8 @@ template <typename T, typename C, int D>
 __global__ void __launch_bounds__(kDecodeThreads, (kMinCtas<C, D>))
     decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
+  wait_for_previous();
+  let_next_start();
   Decoder<T, C, D>(p, smem).run();
 }
 
@@ -576,8 +578,8 @@ void attention_decode(const AttnParams& p, int32_t max_query_len, int64_t max_se
   dispatch_attention(p, "attention_decode", [&](auto type, auto cache, auto head_dim) {
     const auto kernel = decode_kernel<decltype(type), decltype(cache), head_dim()>;
     allow_smem(kernel, static_cast<size_t>(plan.smem), "attention_decode");
-    kernel<<<card.num_sms * plan.ctas_per_sm, kDecodeThreads, plan.smem, stream>>>(params);
-    check_launch("attention_decode");
+    launch(kernel, static_cast<unsigned>(card.num_sms * plan.ctas_per_sm), kDecodeThreads,
+           static_cast<size_t>(plan.smem), stream, "attention_decode", params);
   });
 }
 

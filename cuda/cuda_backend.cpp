@@ -220,6 +220,8 @@ void* CudaBackend::reserve(Workspace& workspace, size_t bytes) {
 // ----------------------------------------------------------------------------------------
 
 void CudaBackend::check_model(DType weights, int32_t num_heads, const KvView& kv) const {
+  check_arg(weights == DType::bf16 || weights == DType::f16, "weights of ", dtype_name(weights),
+            " are not supported on CUDA; bfloat16 and float16 are");
   check_arg(weights == info_.activation_dtype, "weights of ", dtype_name(weights),
             " on a backend of ", dtype_name(info_.activation_dtype));
   check_arg(is_supported_head_dim(kv.head_dim), "head_dim ", kv.head_dim,

@@ -45,6 +45,8 @@ struct EmbedParams {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) embed_kernel(const EmbedParams p) {
+  wait_for_previous();
+  let_next_start();
   const int64_t vectors = p.n / V, units = p.rows * vectors;
   for (int64_t u = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; u < units;
        u += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -73,13 +75,15 @@ __device__ __forceinline__ float activate(float x) {
   if constexpr (kAct == Activation::gelu_tanh)
     return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
   if constexpr (kAct == Activation::gelu) return 0.5f * x * erfcf(-0.70710678f * x);
-  return fmaxf(x, 0.0f);
+  return x < 0 ? 0.0f : x;  // NaN stays NaN
 }
 
 template <typename T, int V, Activation kAct>
 __global__ void __launch_bounds__(kThreads)
     activation_kernel(const T* x, int64_t x_stride, int64_t rows, int64_t n, bool gated, T* out,
                       int64_t out_stride) {
+  wait_for_previous();
+  let_next_start();
   const int64_t vectors = n / V, units = rows * vectors;
   for (int64_t u = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; u < units;
        u += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -118,6 +122,8 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const T* x, int64_t x_stride, const int32_t* rows, int64_t count, int64_t n,
                   T* out, int64_t out_stride) {
+  wait_for_previous();
+  let_next_start();
   const int64_t vectors = n / V, units = count * vectors;
   for (int64_t u = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; u < units;
        u += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -180,10 +186,10 @@ void embed(const int32_t* token_ids, const int32_t* sampled_ids, const int32_t* 
   dispatch_16bit(dtype, "embed", [&](auto type) {
     dispatch_vector(vectors, [&](auto v) {
       constexpr int V = decltype(v)::value;
-      embed_kernel<decltype(type), V><<<blocks_for(rows * n / V), kThreads, 0, stream>>>(p);
+      launch(embed_kernel<decltype(type), V>, blocks_for(rows * n / V), kThreads, 0, stream,
+             "embed", p);
     });
   });
-  check_launch("embed");
 }
 
 void activation(const void* x, int64_t x_stride, int64_t rows, int64_t n, Activation act,
@@ -195,14 +201,12 @@ void activation(const void* x, int64_t x_stride, int64_t rows, int64_t n, Activa
     dispatch_vector(vectors, [&](auto v) {
       constexpr int V = decltype(v)::value;
       dispatch_activation(act, [&](auto kind) {
-        activation_kernel<T, V, decltype(kind)::value>
-            <<<blocks_for(rows * n / V), kThreads, 0, stream>>>(static_cast<const T*>(x), x_stride,
-                                                                rows, n, gated,
-                                                                static_cast<T*>(out), out_stride);
+        launch(activation_kernel<T, V, decltype(kind)::value>, blocks_for(rows * n / V), kThreads,
+               0, stream, "activation", static_cast<const T*>(x), x_stride, rows, n, gated,
+               static_cast<T*>(out), out_stride);
       });
     });
   });
-  check_launch("activation");
 }
 
 void gather_rows(const void* x, int64_t x_stride, const int32_t* rows, int64_t count, int64_t n,
@@ -213,11 +217,10 @@ void gather_rows(const void* x, int64_t x_stride, const int32_t* rows, int64_t c
     using T = decltype(type);
     dispatch_vector(vectors, [&](auto v) {
       constexpr int V = decltype(v)::value;
-      gather_kernel<T, V><<<blocks_for(count * n / V), kThreads, 0, stream>>>(
-          static_cast<const T*>(x), x_stride, rows, count, n, static_cast<T*>(out), out_stride);
+      launch(gather_kernel<T, V>, blocks_for(count * n / V), kThreads, 0, stream, "gather_rows",
+             static_cast<const T*>(x), x_stride, rows, count, n, static_cast<T*>(out), out_stride);
     });
   });
-  check_launch("gather_rows");
 }
 
 void copy_blocks(const BlockCopy* copies, int32_t num_copies, const KvView& kv,

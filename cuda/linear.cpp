@@ -19,7 +19,8 @@ namespace {
 
 constexpr size_t kWorkspaceBytes = 32 << 20;
 constexpr int kMaxCandidates = 8;
-constexpr int64_t kSkinnyRows = 64;  // up to so many, our own kernel is a candidate
+constexpr int64_t kSmallWeight = 1 << 21;  // elements
+constexpr int64_t kSkinnyRows = 64;        // up to so many, our own kernel is a candidate
 // Numbers of rows for which a plan is chosen; others take the plan of the next larger one.
 constexpr int64_t kBuckets[] = {1,   2,   4,   8,   16,   32,   48,   64,   96,   128,
                                 192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384};
@@ -188,11 +189,14 @@ struct Linear::Impl {
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
     if (options.batch_invariant)
       set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE});
+    // Where a product takes no time, neither shall its choice: loading a kernel takes a
+    // millisecond.
+    const int wanted = key.n * key.k < kSmallWeight ? 2 : kMaxCandidates;
     cublasLtMatmulHeuristicResult_t found[kMaxCandidates];
     int count = 0;
     const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
         handle, &problem.matmul, &problem.w, &problem.x, &problem.out, &problem.out, &preference,
-        kMaxCandidates, found, &count);
+        wanted, found, &count);
     std::vector<cublasLtMatmulAlgo_t> out_algos;
     if (status != CUBLAS_STATUS_SUCCESS) return out_algos;
     for (int i = 0; i < count; ++i) {
@@ -203,10 +207,12 @@ struct Linear::Impl {
     return out_algos;
   }
 
-  // A plan without timing, for what prepare() did not see.
+  // A plan without timing, for what prepare() did not see. Not every kernel of cuBLASLt that splits
+  // nothing gives the canonical bits (K = 135 has been seen to differ), and nothing is compared
+  // here.
   Plan plan_untimed(const Tensor& x, const LinearWeight& w, const Key& key, const Tensor& out) {
     Plan plan;
-    if (x.rows() <= kSkinnyRows) return plan;
+    if (options.batch_invariant || x.rows() <= kSkinnyRows) return plan;
     const auto algos = candidates(x, w, key, out);
     if (!algos.empty()) {
       plan.skinny = false;

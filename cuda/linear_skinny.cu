@@ -98,14 +98,10 @@ __global__ void __launch_bounds__(256) skinny_kernel(const SkinnyParams p) {
                               i % per_stage * 16) = uint4{0, 0, 0, 0};
   }
 
-  const auto copy_stage = [&](int stage) {
-    if (stage >= num_stages) {
-      cp_async_commit();
-      return;
-    }
+  const auto copy_weights = [&](int stage) {
+    if (stage >= num_stages) return;
     const uint32_t to = ring + stage % p.stages * stage_bytes;
     const int k0 = stage * kStageK, segments = min(kSegments, (k16 - k0) / 8);
-    // Weights first: they come from far away.
     for (int i = threadIdx.x; i < 8 * strips * kSegments; i += blockDim.x) {
       const int r = i / kSegments, segment = i % kSegments;
       const bool exists = segment < segments && first_col + r < p.n;
@@ -113,7 +109,11 @@ __global__ void __launch_bounds__(256) skinny_kernel(const SkinnyParams p) {
       if (exists) from += (first_col + r) * p.w_stride + k0 + segment * 8;
       cp_async_part(to + (kRows + r) * kRowBytes + segment * 16, from, exists ? 16 : 0);
     }
-    for (int i = threadIdx.x; i < rows * kSegments; i += blockDim.x) {
+  };
+  const auto copy_x = [&](int stage) {
+    const uint32_t to = ring + stage % p.stages * stage_bytes;
+    const int k0 = stage * kStageK;
+    for (int i = threadIdx.x; stage < num_stages && i < rows * kSegments; i += blockDim.x) {
       const int r = i / kSegments, segment = i % kSegments;
       const int left = p.k - k0 - segment * 8;  // columns beyond k may be anything
       const T* from = static_cast<const T*>(p.x);
@@ -123,13 +123,18 @@ __global__ void __launch_bounds__(256) skinny_kernel(const SkinnyParams p) {
     cp_async_commit();
   };
 
-  for (int s = 0; s < p.stages - 1; ++s) copy_stage(s);
+  // Weights do not depend on the kernel before this one: their first stages come while it ends.
+  for (int s = 0; s < p.stages - 1; ++s) copy_weights(s);
+  wait_for_previous();
+  let_next_start();
+  for (int s = 0; s < p.stages - 1; ++s) copy_x(s);
   float acc[kTiles][4] = {};
   const uint32_t own = lane / 4 * kRowBytes + lane % 4 * 8;
   for (int stage = 0; stage < num_stages; ++stage) {
     wait_for_groups(p.stages - 2);
     __syncthreads();  // this stage is there for all; all are done with the one before
-    copy_stage(stage + p.stages - 1);
+    copy_weights(stage + p.stages - 1);
+    copy_x(stage + p.stages - 1);
     const uint32_t x_at = ring + stage % p.stages * stage_bytes + own;
     const uint32_t w_at = x_at + (kRows + 8 * warp) * kRowBytes;
     const int groups = min(kStageK, k16 - stage * kStageK) / 16;
@@ -161,14 +166,13 @@ __global__ void __launch_bounds__(256) skinny_kernel(const SkinnyParams p) {
 }
 
 template <typename T, typename O, int kRows>
-void launch(const SkinnyParams& p, const SkinnyPlan& plan, cudaStream_t stream) {
+void launch_skinny(const SkinnyParams& p, const SkinnyPlan& plan, cudaStream_t stream) {
   const auto kernel = skinny_kernel<T, O, kRows>;
   allow_smem(kernel, static_cast<size_t>(plan.smem), "linear_skinny");
   const dim3 grid(static_cast<unsigned>((p.n + 8 * plan.warps - 1) / (8 * plan.warps)),
                   static_cast<unsigned>((p.m + kRows - 1) / kRows));
-  kernel<<<grid, static_cast<unsigned>(32 * plan.warps), static_cast<size_t>(plan.smem), stream>>>(
-      p);
-  check_launch("linear_skinny");
+  launch(kernel, grid, static_cast<unsigned>(32 * plan.warps), static_cast<size_t>(plan.smem),
+         stream, "linear_skinny", p);
 }
 
 }  // namespace
@@ -198,13 +202,13 @@ void linear_skinny(const void* x, int64_t x_stride, int64_t rows, const void* w,
       using O = decltype(out_type);
       switch (plan.rows) {
         case 8:
-          return launch<T, O, 8>(p, plan, stream);
+          return launch_skinny<T, O, 8>(p, plan, stream);
         case 16:
-          return launch<T, O, 16>(p, plan, stream);
+          return launch_skinny<T, O, 16>(p, plan, stream);
         case 32:
-          return launch<T, O, 32>(p, plan, stream);
+          return launch_skinny<T, O, 32>(p, plan, stream);
         default:
-          return launch<T, O, 64>(p, plan, stream);
+          return launch_skinny<T, O, 64>(p, plan, stream);
       }
     };
     if (out_dtype == DType::f32) {

@@ -31,6 +31,8 @@ template <typename T, int V, int kItems, bool kLayer>
 __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormParams p) {
   using Elements = Vec<T, V>;
   __shared__ float shared[33];
+  wait_for_previous();
+  let_next_start();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
@@ -91,13 +93,11 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormParams p) {
 }
 
 template <typename T, int V, int kItems>
-void launch(const NormParams& p, NormKind kind, int64_t rows, int threads, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(rows);
-  if (kind == NormKind::layer)
-    norm_kernel<T, V, kItems, true><<<grid, threads, 0, stream>>>(p);
-  else
-    norm_kernel<T, V, kItems, false><<<grid, threads, 0, stream>>>(p);
-  check_launch("norm");
+void launch_norm(const NormParams& p, NormKind kind, int64_t rows, int threads,
+                 cudaStream_t stream) {
+  const auto kernel =
+      kind == NormKind::layer ? norm_kernel<T, V, kItems, true> : norm_kernel<T, V, kItems, false>;
+  launch(kernel, static_cast<unsigned>(rows), static_cast<unsigned>(threads), 0, stream, "norm", p);
 }
 
 template <typename T, int V>
@@ -106,16 +106,16 @@ void launch_items(const NormParams& p, NormKind kind, int64_t rows, cudaStream_t
   const int threads = std::min(kMaxThreads, (vectors + 31) / 32 * 32);
   const int items = (vectors + threads - 1) / threads;
   if (items <= 1) {
-    launch<T, V, 1>(p, kind, rows, threads, stream);
+    launch_norm<T, V, 1>(p, kind, rows, threads, stream);
   } else if (items <= 2) {
-    launch<T, V, 2>(p, kind, rows, threads, stream);
+    launch_norm<T, V, 2>(p, kind, rows, threads, stream);
   } else if (items <= 4) {
-    launch<T, V, 4>(p, kind, rows, threads, stream);
+    launch_norm<T, V, 4>(p, kind, rows, threads, stream);
   } else {
     check_arg(items <= 8, "norm: rows of ", p.n, " elements are too long; at most ",
               8 * V * kMaxThreads,
               V == 1 ? " (of a length or stride that is no multiple of 8)" : "");
-    launch<T, V, 8>(p, kind, rows, threads, stream);
+    launch_norm<T, V, 8>(p, kind, rows, threads, stream);
   }
 }
 

@@ -44,6 +44,8 @@ __device__ __forceinline__ void store_pair(C* to, float2 v, float inverse_scale)
 // T: activations, C: cache.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p) {
+  wait_for_previous();
+  let_next_start();
   const int lane = threadIdx.x % 32;
   const int heads = p.num_heads + 2 * p.kv.num_kv_heads;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -140,14 +142,13 @@ void rope_kv_write(void* qkv, int64_t qkv_stride, int64_t rows, int32_t num_head
   dispatch_16bit(dtype, "rope_kv_write", [&](auto type) {
     using T = decltype(type);
     if (kv.dtype == DType::fp8_e4m3) {
-      rope_kv_kernel<T, __nv_fp8_e4m3><<<grid, kWarps * 32, smem, stream>>>(p);
+      launch(rope_kv_kernel<T, __nv_fp8_e4m3>, grid, kWarps * 32, smem, stream, "rope_kv_write", p);
     } else {
       check_arg(kv.dtype == dtype, "rope_kv_write: a cache of ", dtype_name(kv.dtype), " with ",
                 dtype_name(dtype), " activations; it must be of the same type or fp8_e4m3");
-      rope_kv_kernel<T, T><<<grid, kWarps * 32, smem, stream>>>(p);
+      launch(rope_kv_kernel<T, T>, grid, kWarps * 32, smem, stream, "rope_kv_write", p);
     }
   });
-  check_launch("rope_kv_write");
 }
 
 }  // namespace ni::cuda

@@ -131,6 +131,8 @@ __device__ void process(const Sampler& s, const SamplingRow& r, const float* raw
 
 // Grid: [rows, kSegments].
 __global__ void __launch_bounds__(kSegmentThreads, 6) segment_kernel(Sampler s) {
+  wait_for_previous();
+  let_next_start();
   const int row = static_cast<int>(blockIdx.x), segment = static_cast<int>(blockIdx.y);
   if (s.is_padding(row)) return;
   const SamplingRow r = s.step->sampling[s.first + row];
@@ -161,6 +163,8 @@ __global__ void __launch_bounds__(kSegmentThreads, 6) segment_kernel(Sampler s) 
 
 // Grid: [rows, kBinBlocks].
 __global__ void __launch_bounds__(kBinThreads) bin_kernel(Sampler s) {
+  wait_for_previous();
+  let_next_start();
   const int row = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
   if (s.is_padding(row)) return;
   const SamplingRow& r = s.step->sampling[s.first + row];
@@ -312,6 +316,8 @@ class Scorer {
 // Grid: [rows].
 __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sampler s) {
   __shared__ Shared sh;
+  wait_for_previous();
+  let_next_start();
   const int row = static_cast<int>(blockIdx.x);
   if (s.is_padding(row)) return;
   const int64_t at = s.first + row;
@@ -387,12 +393,9 @@ void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
   s.out = out;
   lay_out(s, rows, vocab, workspace);
   const auto grid_rows = static_cast<unsigned>(rows);
-  segment_kernel<<<dim3(grid_rows, kSegments), kSegmentThreads, 0, stream>>>(s);
-  check_launch("sample: segments");
-  bin_kernel<<<dim3(grid_rows, kBinBlocks), kBinThreads, 0, stream>>>(s);
-  check_launch("sample: bins");
-  choose_kernel<<<grid_rows, kChooseThreads, 0, stream>>>(s);
-  check_launch("sample: choose");
+  launch(segment_kernel, dim3(grid_rows, kSegments), kSegmentThreads, 0, stream, "sample", s);
+  launch(bin_kernel, dim3(grid_rows, kBinBlocks), kBinThreads, 0, stream, "sample", s);
+  launch(choose_kernel, grid_rows, kChooseThreads, 0, stream, "sample", s);
 }
 
 }  // namespace ni::cuda

@@ -64,9 +64,9 @@ void check_sequences(const StepInputs& in, const KvView& kv) {
   for (int32_t s = 0; s < in.num_seqs; ++s) {
     const int32_t rows = in.cu_seqlens_q[s + 1] - in.cu_seqlens_q[s];
     const int32_t context = in.context_lens[s];
+    if (rows == 0 || (rows > 0 && context == 0)) continue;  // a padding row has no context
     check_arg(rows >= 0 && context >= rows, "attention: sequence ", s, " has ", rows,
               " rows and a context of ", context);
-    if (rows == 0) continue;
     const int32_t blocks = (context + kv.block_size - 1) / kv.block_size;
     check_arg(blocks <= in.block_table_stride, "attention: sequence ", s, ": a context of ",
               context, " does not fit its block table");

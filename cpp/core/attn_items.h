@@ -8,18 +8,17 @@
 
 namespace ni {
 
-// Refills both lists (they keep their capacity, nothing else is allocated). `tiling` is an
-// AttnTiling of backend/backend.h with a kv_chunk above 0.
+// Refills both lists (they keep their capacity, nothing else is allocated). The tiling's
+// kv_chunk is above 0.
 //
 // decode: for each sequence of 1 to decode_rows query rows, one item a chunk of its context,
 // ascending; or one item of index -1 where listing all its chunks would leave no room, within
 // max_items, for one item of each sequence after it.
 // prefill: tiles of q_tile query rows of the others; the tile that sees the latest position first,
 // ties in the order of sequences and tiles.
-template <typename Tiling>
-void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context_lens, int32_t num_seqs,
-                      const Tiling& tiling, std::vector<AttnItem>& decode,
-                      std::vector<AttnItem>& prefill) {
+inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context_lens,
+                             int32_t num_seqs, const AttnTiling& tiling,
+                             std::vector<AttnItem>& decode, std::vector<AttnItem>& prefill) {
   decode.clear();
   prefill.clear();
   const auto query_len = [&](int32_t s) { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; };

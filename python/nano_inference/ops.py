@@ -472,11 +472,11 @@ def _rope_kv_write_(
             f"cos must rotate an even number of dimensions (a multiple of 4 on a card) up to {d}, "
             f"got {_describe(cos)}",
         )
-        cos = _float32(cos, "cos", qkv, *cos.shape)
-        sin = _float32(sin, "sin", qkv, *cos.shape)
+        shape = tuple(cos.shape)
+        cos, sin = _float32(cos, "cos", qkv, *shape), _float32(sin, "sin", qkv, *shape)
         if not qkv.is_cuda and positions.numel() > 0:
             most = int(positions.max())
-            _check(most < cos.shape[0], f"positions: {most} is beyond the {cos.shape[0]} of cos")
+            _check(most < shape[0], f"positions: {most} is beyond the {shape[0]} of cos")
     qw, kw = _float32(q_norm, "q_norm", qkv, d), _float32(k_norm, "k_norm", qkv, d)
     _run(
         qkv,

@@ -290,8 +290,11 @@ TEST_P(AttentionTest, WrongTablesThrow) {
   EXPECT_THROW(backend.rope_kv_write(qkv.tensor(), in, {}, cache.view()), std::invalid_argument);
   contexts[0] = 33;  // more blocks than the table has
   EXPECT_THROW(attend(), std::invalid_argument);
-  contexts[0] = 0;
+  contexts[0] = -1;
   EXPECT_THROW(attend(), std::invalid_argument);
+  contexts[0] = 0;  // a padding row: nothing is read or written
+  attend();
+  EXPECT_TRUE(std::isnan(out.at(0, 0)) && out.intact());
   contexts[0] = 20;
   table[1] = 2;
   EXPECT_THROW(attend(), std::invalid_argument);

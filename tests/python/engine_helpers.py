@@ -86,6 +86,9 @@ def make_engine(
 ) -> _core.Engine:
     model = model or (tiny_model() if device == "cpu" else cuda_model())
     fields = {"device": device, **DEFAULTS, **(ON_CPU if device == "cpu" else ON_CUDA), **config}
+    if "graph_sizes" in fields:
+        most = fields["max_num_seqs"]
+        fields["graph_sizes"] = [size for size in fields["graph_sizes"] if size <= most]
     engine = _core.Engine(_core.EngineConfig(**fields), model)
     for slot, values in random_weights(model).items():
         engine.load_weight(slot, values, "float32")
