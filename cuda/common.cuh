@@ -97,7 +97,7 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 }
 template <>
 __device__ __forceinline__ __half from_float<__half>(float v) {
-  return __float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f));
+  return __float2half_rn(isnan(v) ? v : fminf(fmaxf(v, -65504.0f), 65504.0f));
 }
 
 // N elements that move as one access.

@@ -36,7 +36,7 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
       } else {
         for (int32_t i = 0; i < chunks; ++i) decode.push_back({s, i});
       }
-    } else if (query_len(s) > tiling.decode_rows) {
+    } else if (query_len(s) > tiling.decode_rows && context_lens[s] > 0) {
       for (int32_t i = 0; i * tiling.q_tile < query_len(s); ++i) prefill.push_back({s, i});
     }
   }

@@ -1,8 +1,8 @@
 """Runs the C++ suites and reports each GoogleTest case under its own name.
 
 Collecting this file builds the suites (a no-op when they are up to date), because only the
-executables know the names of parametrised cases. Each suite then runs once. The kernel suites of the
-CUDA backend join them where there is a card.
+executables know the names of parametrised cases. Each suite then runs once. The kernel suites of
+the CUDA backend join them where there is a card.
 """
 
 import functools
