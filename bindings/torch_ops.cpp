@@ -360,16 +360,29 @@ void bind_torch_ops(py::module_& m) {
       .def(py::init<const std::string&, int, const std::string&>(), py::arg("device"),
            py::arg("index"), py::arg("dtype"))
       .def_property_readonly("k_tile", &TensorOps::k_tile)
-      .def("set_stream", &TensorOps::set_stream)
-      .def("norm", &TensorOps::norm)
-      .def("linear", &TensorOps::linear)
-      .def("embedding", &TensorOps::embedding)
-      .def("activation", &TensorOps::activation)
-      .def("gather_rows", &TensorOps::gather_rows)
-      .def("rope_kv_write", &TensorOps::rope_kv_write)
-      .def("attention", &TensorOps::attention)
-      .def("copy_blocks", &TensorOps::copy_blocks)
-      .def("sample", &TensorOps::sample);
+      .def("set_stream", &TensorOps::set_stream, py::arg("stream"))
+      .def("norm", &TensorOps::norm, py::arg("x"), py::arg("residual"), py::arg("weight"),
+           py::arg("bias"), py::arg("kind"), py::arg("eps"), py::arg("out"))
+      .def("linear", &TensorOps::linear, py::arg("x"), py::arg("weight"), py::arg("bias"),
+           py::arg("out"))
+      .def("embedding", &TensorOps::embedding, py::arg("token_ids"), py::arg("weight"),
+           py::arg("scale"), py::arg("out"))
+      .def("activation", &TensorOps::activation, py::arg("x"), py::arg("kind"), py::arg("gated"),
+           py::arg("out"))
+      .def("gather_rows", &TensorOps::gather_rows, py::arg("x"), py::arg("rows"), py::arg("out"))
+      .def("rope_kv_write", &TensorOps::rope_kv_write, py::arg("qkv"), py::arg("positions"),
+           py::arg("slots"), py::arg("k_cache"), py::arg("v_cache"), py::arg("cos"), py::arg("sin"),
+           py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"), py::arg("k_scale"),
+           py::arg("v_scale"))
+      .def("attention", &TensorOps::attention, py::arg("q"), py::arg("k_cache"), py::arg("v_cache"),
+           py::arg("block_tables"), py::arg("context_lens"), py::arg("cu_seqlens_q"),
+           py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("k_scale"),
+           py::arg("v_scale"), py::arg("out"))
+      .def("copy_blocks", &TensorOps::copy_blocks, py::arg("k_cache"), py::arg("v_cache"),
+           py::arg("pairs"))
+      .def("sample", &TensorOps::sample, py::arg("logits"), py::arg("temperature"),
+           py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("seeds"),
+           py::arg("positions"), py::arg("out"));
 }
 
 }  // namespace ni::python

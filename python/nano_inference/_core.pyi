@@ -409,6 +409,8 @@ def cuda_devices() -> list[str]:
 def cuda_error() -> str:
     """What is missing to use CUDA; "": nothing."""
 
+_TensorView = tuple[int, tuple[int, ...], tuple[int, ...], str]
+
 class TensorOps:
     """Every operator on memory of others, for nano_inference.ops: a tensor is (address, shape,
     strides, torch's name of its type). On CUDA they run on the stream that was set last."""
@@ -417,15 +419,68 @@ class TensorOps:
     @property
     def k_tile(self) -> int: ...
     def set_stream(self, stream: int) -> None: ...
-    def norm(self, *args: Any) -> None: ...
-    def linear(self, *args: Any) -> None: ...
-    def embedding(self, *args: Any) -> None: ...
-    def activation(self, *args: Any) -> None: ...
-    def gather_rows(self, *args: Any) -> None: ...
-    def rope_kv_write(self, *args: Any) -> None: ...
-    def attention(self, *args: Any) -> None: ...
-    def copy_blocks(self, *args: Any) -> None: ...
-    def sample(self, *args: Any) -> None: ...
+    def norm(
+        self,
+        x: _TensorView,
+        residual: _TensorView | None,
+        weight: _TensorView,
+        bias: _TensorView | None,
+        kind: str,
+        eps: float,
+        out: _TensorView,
+    ) -> None: ...
+    def linear(
+        self, x: _TensorView, weight: _TensorView, bias: _TensorView | None, out: _TensorView
+    ) -> None: ...
+    def embedding(
+        self, token_ids: _TensorView, weight: _TensorView, scale: float, out: _TensorView
+    ) -> None: ...
+    def activation(self, x: _TensorView, kind: str, gated: bool, out: _TensorView) -> None: ...
+    def gather_rows(self, x: _TensorView, rows: _TensorView, out: _TensorView) -> None: ...
+    def rope_kv_write(
+        self,
+        qkv: _TensorView,
+        positions: _TensorView,
+        slots: _TensorView,
+        k_cache: _TensorView,
+        v_cache: _TensorView,
+        cos: _TensorView | None,
+        sin: _TensorView | None,
+        q_norm: _TensorView | None,
+        k_norm: _TensorView | None,
+        eps: float,
+        k_scale: float,
+        v_scale: float,
+    ) -> None: ...
+    def attention(
+        self,
+        q: _TensorView,
+        k_cache: _TensorView,
+        v_cache: _TensorView,
+        block_tables: _TensorView,
+        context_lens: _TensorView,
+        cu_seqlens_q: _TensorView,
+        scale: float,
+        window: int,
+        softcap: float,
+        k_scale: float,
+        v_scale: float,
+        out: _TensorView,
+    ) -> None: ...
+    def copy_blocks(
+        self, k_cache: _TensorView, v_cache: _TensorView, pairs: _TensorView
+    ) -> None: ...
+    def sample(
+        self,
+        logits: _TensorView,
+        temperature: _TensorView,
+        top_k: _TensorView,
+        top_p: _TensorView,
+        min_p: _TensorView,
+        seeds: _TensorView,
+        positions: _TensorView,
+        out: _TensorView,
+    ) -> None: ...
 
 def cpu_isas() -> list[str]:
     """Instruction sets that this machine can run, best first."""

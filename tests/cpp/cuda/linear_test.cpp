@@ -136,9 +136,17 @@ class LinearTest : public testing::TestWithParam<DType> {
     o.dtype = GetParam();
     o.batch_invariant = invariant;
     o.plan_cache = cache;
-    return std::make_unique<Linear>(card_, o, nullptr);
+    return std::make_unique<Linear>(card_, o, stream_);
   }
+  ~LinearTest() override { cudaStreamDestroy(stream_); }
   const cuda::Card card_ = this_card();
+  // Plans are timed as graphs, which the default stream cannot capture. What the tests launch there
+  // is ordered with this one.
+  cudaStream_t stream_ = [] {
+    cudaStream_t stream = nullptr;
+    check_device(cudaStreamCreate(&stream));
+    return stream;
+  }();
 };
 INSTANTIATE_TEST_SUITE_P(Types, LinearTest, testing::Values(DType::bf16, DType::f16),
                          [](const auto& i) { return std::string(dtype_name(i.param)); });
