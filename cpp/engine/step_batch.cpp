@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
+#include "core/attn_items.h"
 #include "core/check.h"
 
 namespace ni {
@@ -61,7 +61,6 @@ void StepBatch::reserve(int max_tokens, int max_seqs, int max_blocks) {
   decode_items_.reserve(static_cast<size_t>(tiling_.max_items));
   for (auto* v : {&logits_rows_, &sample_rows_}) v->reserve(t + s);
   prefill_items_.reserve(max_tiles(t, s, tiling_));
-  tiles_.reserve(max_tiles(t, s, tiling_));
   sampling_.reserve(t + s);
   rows_.reserve(t + s);
   block_ = allocate_(max_bytes(max_tokens, max_seqs, max_blocks, tiling_));
@@ -79,8 +78,6 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   biases_.clear();
   masks_.clear();
   rows_.clear();
-  decode_items_.clear();
-  prefill_items_.clear();
   cu_seqlens_q_.assign(1, 0);
   copies_.assign(plan.copies.begin(), plan.copies.end());
 
@@ -104,7 +101,10 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   wants_logprobs_ = any_row(0);
   wants_top_ = any_row(1);
   if (padded_rows > 0) add_padding(padded_rows);
-  add_attention_items(plan);
+  if (tiling_.kv_chunk > 0)
+    build_attn_items(cu_seqlens_q_.data(), context_lens_.data(),
+                     static_cast<int32_t>(context_lens_.size()), tiling_, decode_items_,
+                     prefill_items_);
 
   inputs_.num_tokens = static_cast<int32_t>(token_ids_.size());
   inputs_.num_seqs = static_cast<int32_t>(context_lens_.size());
@@ -253,39 +253,6 @@ void StepBatch::add_padding(int rows) {
     logits_rows_.push_back(index);
     sampling_.push_back(row);
   }
-}
-
-// The work lists. Sequences of few query rows are cut along the cache, the others along their
-// query rows; of these, whoever has the longest way to go starts first.
-void StepBatch::add_attention_items(const StepPlan& plan) {
-  if (tiling_.kv_chunk == 0) return;
-  const auto cut_along_cache = [this](const ScheduledSequence& item) {
-    return item.num_query <= tiling_.decode_rows;
-  };
-  auto left = std::count_if(plan.items.begin(), plan.items.end(), cut_along_cache);
-  tiles_.clear();
-  for (int32_t i = 0; i < static_cast<int32_t>(plan.items.size()); ++i) {
-    const ScheduledSequence& item = plan.items[static_cast<size_t>(i)];
-    const int computed = item.seq->num_computed;
-    if (cut_along_cache(item)) {
-      const int chunks = (computed + item.num_query + tiling_.kv_chunk - 1) / tiling_.kv_chunk;
-      --left;  // each of these must find room for one item
-      const auto listed = static_cast<int64_t>(decode_items_.size());
-      if (listed + chunks + left > tiling_.max_items) {
-        decode_items_.push_back({i, -1});
-      } else {
-        for (int32_t c = 0; c < chunks; ++c) decode_items_.push_back({i, c});
-      }
-    } else {
-      for (int32_t t = 0; t * tiling_.q_tile < item.num_query; ++t)
-        tiles_.push_back({computed + std::min((t + 1) * tiling_.q_tile, item.num_query), {i, t}});
-    }
-  }
-  std::sort(tiles_.begin(), tiles_.end(), [](const Tile& a, const Tile& b) {
-    return std::tie(b.context, a.item.seq, a.item.index) <
-           std::tie(a.context, b.item.seq, b.item.index);
-  });
-  for (const Tile& tile : tiles_) prefill_items_.push_back(tile.item);
 }
 
 // Lays the struct and the arrays one after another (each 64-byte aligned) into the block.

@@ -58,12 +58,6 @@ class StepBatch {
   const std::vector<int32_t>& sample_rows() const { return sample_rows_; }
 
  private:
-  // A tile of query rows and the end of the context that its last row sees.
-  struct Tile {
-    int32_t context;
-    AttnItem item;
-  };
-
   void add_item(const StepPlan& plan, int index);
   void add_row(const Sequence& seq, int item, int query_row, int choice, int num_drafts);
   void add_score(const Sequence& seq, int item, int query_row, int prompt_index);
@@ -71,7 +65,6 @@ class StepBatch {
   void add_biases(SamplingRow& row, const Sequence& seq, int num_drafts);
   void add_counts(SamplingRow& row, const Sequence& seq, int num_drafts);
   void add_padding(int rows);
-  void add_attention_items(const StepPlan& plan);
   void pack();
 
   int block_size_;
@@ -90,7 +83,6 @@ class StepBatch {
   std::vector<uint32_t> masks_;
   std::vector<BlockCopy> copies_;
   std::vector<AttnItem> decode_items_, prefill_items_;
-  std::vector<Tile> tiles_;
   std::vector<LogitsRow> rows_;
   std::vector<int32_t> count_index_;  // [vocab] scratch of add_counts: 1 + index in counts_, or 0
 
