@@ -8,9 +8,11 @@
 namespace ni::cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) [[unlikely]]
-    throw std::runtime_error(
-        concat(what, ": ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")"));
+  if (error == cudaSuccess) [[likely]]
+    return;
+  cudaGetLastError();  // it is told here, and not to the next launch that asks
+  throw std::runtime_error(
+      concat(what, ": ", cudaGetErrorString(error), " (", cudaGetErrorName(error), ")"));
 }
 
 // After a launch: a wrong configuration is known at once, a fault inside the kernel later.

@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -84,7 +85,7 @@ class CudaBackend final : public Backend {
   std::array<cudaEvent_t, kMarks> marks_{};
   uint64_t num_marks_ = 0;
   bool capturing_ = false;
-  mutable bool healthy_ = true;
+  mutable std::atomic<bool> healthy_ = true;  // loader threads may find out, too
   std::map<std::pair<int32_t, int32_t>, cudaGraphExec_t> captured_;  // by rows and part
   std::unique_ptr<Linear> linear_;
   std::unique_ptr<WeightLoader> loader_;

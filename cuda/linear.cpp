@@ -32,7 +32,7 @@ void check_cublas(cublasStatus_t status, const char* what) {
 int64_t bucket_of(int64_t rows) {
   for (const int64_t bucket : kBuckets)
     if (rows <= bucket) return bucket;
-  return rows;
+  return std::end(kBuckets)[-1];  // is_valid() asks for the exact number
 }
 
 cudaDataType_t data_type(DType dtype) {
@@ -409,6 +409,7 @@ struct Linear::Impl {
       lines[id] = line;
     }
     for (const auto& [key, plan] : plans) {
+      if (plan.microseconds <= 0) continue;  // nothing could be timed: next time, perhaps
       const std::string id = mine + " " + text_of(key) + " ";
       lines[id] = concat(id, plan.skinny, " ", plan.microseconds, " ",
                          plan.skinny ? "-" : to_hex(plan.algo));

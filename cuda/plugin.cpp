@@ -18,13 +18,19 @@ NI_EXPORT bool ni_device_names(char* text, size_t bytes) {
   std::string out;
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  const bool found = error == cudaSuccess && count > 0;
+  bool found = error == cudaSuccess && count > 0;
   if (found) {
-    for (int i = 0; i < count; ++i) {
+    std::string too_old;
+    for (int i = 0; i < count; ++i) {  // every index has its line
       cudaDeviceProp properties{};
-      if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
-      out = ni::concat(out, out.empty() ? "" : "\n", properties.name);
+      if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) properties = {};
+      out = ni::concat(out, i > 0 ? "\n" : "", properties.name);
+      if (properties.major < 8)
+        too_old = ni::concat(properties.name, " has compute capability ", properties.major, ".",
+                             properties.minor, ", and 8.0 or later is needed");
     }
+    found = too_old.empty();  // a mixed machine: CUDA_VISIBLE_DEVICES leaves the others
+    if (!found) out = too_old;
   } else if (error == cudaErrorInsufficientDriver) {
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);

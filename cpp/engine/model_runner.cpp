@@ -113,7 +113,8 @@ void ModelRunner::finish_loading() {
   allocate_step_memory();
   backend_->prepare(weights_.products(), config_.max_num_batched_tokens);
   cache_.allocate(*backend_, std::max(num_blocks_, 1));
-  if (backend_->info().has_graphs || num_blocks_ == 0) run_largest_step();
+  // On a card (it asks for work lists) everything that grows when it is first needed grows here.
+  if (backend_->info().tiling.kv_chunk > 0 || num_blocks_ == 0) run_largest_step();
   if (num_blocks_ == 0) {
     num_blocks_ = blocks_that_fit();
     cache_.allocate(*backend_, num_blocks_);
@@ -164,6 +165,9 @@ void ModelRunner::run_largest_step() {
   StepBatch& batch = slots_[0].batch;
   batch.build(plan);
   batch.forbid_writes();
+  compute(upload(batch), 0);
+  backend_->synchronize();
+  batch.build(StepPlan(), config_.max_num_seqs);  // decodes have working memory of their own
   compute(upload(batch), 0);
   backend_->synchronize();
 }

@@ -213,9 +213,10 @@ bool Scheduler::can_run_ahead() const {
   const std::vector<ScheduledSequence>& items = plans_[oldest_].items;
   return std::all_of(items.begin(), items.end(), [](const ScheduledSequence& item) {
     const Sequence& seq = *item.seq;
-    if (seq.status != SequenceStatus::running) return true;
     const SamplingParams& p = seq.request->params;
-    if (!item.is_decode && p.prompt_logprobs >= 0) return false;  // rows that are not samples
+    // Rows that are not samples shift those of everybody behind, whether it still runs or not.
+    if (!item.is_decode && p.prompt_logprobs >= 0) return false;
+    if (seq.status != SequenceStatus::running) return true;
     if (item.num_samples == 0) return true;
     if (item.num_samples > 1 || seq.forks) return false;
     if (seq.num_output() + 1 >= seq.max_tokens) return true;  // the token is its last

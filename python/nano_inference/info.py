@@ -34,8 +34,12 @@ def cuda_cards() -> list[dict[str, Any]]:
     cards = []
     for index, name in enumerate(_core.cuda_devices()):
         config = _core.EngineConfig(device="cuda", device_index=index, num_blocks=1)
-        memory = _core.Engine.plan_memory(config, _smallest_model())
-        card = {"device": f"cuda:{index}", "name": name}
+        card: dict[str, Any] = {"device": f"cuda:{index}", "name": name}
+        try:
+            memory = _core.Engine.plan_memory(config, _smallest_model())
+        except (RuntimeError, ValueError) as error:  # full, or somebody else's: say so and go on
+            cards.append(card | {"memory_total": 0, "memory_available": 0, "error": str(error)})
+            continue
         cards.append(card | {key: memory[key] for key in ("memory_total", "memory_available")})
     return cards
 
@@ -113,7 +117,9 @@ def _cuda_rows(machine: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
         (
             card["device"],
-            f"{card['name']}, {gigabytes(card['memory_available'])} available of "
+            f"{card['name']}, cannot be opened: {card['error']}"
+            if "error" in card
+            else f"{card['name']}, {gigabytes(card['memory_available'])} available of "
             f"{gigabytes(card['memory_total'])}",
         )
         for card in machine["cards"]

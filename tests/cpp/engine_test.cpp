@@ -684,6 +684,25 @@ TEST(Overlap, AbortsInEveryPhase) {
   }
 }
 
+// Rows that score a prompt lie before a neighbour's sample, also when their request is gone.
+TEST(Overlap, AnAbortedScoredPromptLeavesItsNeighbourAlone) {
+  const auto run = [](bool overlap, bool abort) {
+    const auto engine = make_engine(overlap_config(overlap));
+    Request scored = make_request(1, random_prompt(5, 20), 8);
+    scored.params.prompt_logprobs = 1;
+    engine->submit(scored);
+    engine->submit(make_request(2, random_prompt(6, 12), 30));
+    engine->step();
+    if (abort) engine->abort(1, -1, FinishReason::abort);
+    const Results results = run_all(*engine);
+    return results.at({2, 0}).tokens;
+  };
+  const std::vector<int32_t> expected = run(false, false);
+  ASSERT_EQ(expected.size(), 30u);
+  EXPECT_EQ(run(true, false), expected);
+  EXPECT_EQ(run(true, true), expected);
+}
+
 // Blocks are free at the beginning of the turn that finds the abort.
 TEST(Overlap, BlocksOfAnAbortAreFreeAfterTheNextStep) {
   for (const int when : {0, 1, 2, 5, 9}) {

@@ -368,14 +368,20 @@ def test_info_shows_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(config: _core.EngineConfig, model: _core.ModelConfig) -> dict[str, int]:
         if config.device == "cpu":
             return plan_memory(config, model)
+        if config.device_index == 2:
+            raise RuntimeError("out of memory on a full card")
         memory = {"memory_total": 141 * 10**9, "memory_available": 140 * 10**9}
         return memory if config.device_index == 1 else {key: 10**10 for key in memory}
 
-    monkeypatch.setattr(_core, "cuda_devices", lambda: ["NVIDIA small", "NVIDIA H200"])
+    names = ["NVIDIA small", "NVIDIA H200", "NVIDIA full"]
+    monkeypatch.setattr(_core, "cuda_devices", lambda: names)
     monkeypatch.setattr(_core, "cuda_error", lambda: "")
     monkeypatch.setattr(_core.Engine, "plan_memory", staticmethod(plan))
     shown = invoke("info").stdout
-    assert re.search(r"\ndevices +cpu, cuda:0, cuda:1\n", shown)
+    assert re.search(r"\ndevices +cpu, cuda:0, cuda:1, cuda:2\n", shown)
+    assert re.search(
+        r"\ncuda:2 +NVIDIA full, cannot be opened: out of memory on a full card\n", shown
+    )
     assert re.search(r"\ncuda:1 +NVIDIA H200, 140.00 GB available of 141.00 GB\n", shown)
 
 
