@@ -62,7 +62,7 @@ inline void check_attention(const AttnParams& p, const char* what) {
             dtype_name(kv.dtype), " beside activations of ", dtype_name(p.dtype),
             "; it must be the same or fp8_e4m3");
   check_arg(is_attention_head_dim(kv.head_dim), what, ": head_dim ", kv.head_dim,
-            " is not supported on CUDA; 64, 96, 128, 256 are");
+            " is not supported on CUDA; ", kAttentionHeadDims, " are");
   check_arg(kv.block_size > 0 && kv.block_size % 16 == 0, what, ": block_size ", kv.block_size,
             " must be a multiple of 16");
   check_arg(kv.k_tile == 1, what, ": k_tile ", kv.k_tile, " must be 1");

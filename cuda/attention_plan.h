@@ -19,6 +19,7 @@ inline constexpr int kPrefillRows = 128;  // query rows of a prefill item
 inline constexpr int kMmaRows = 16;       // rows of an m16n8k16 product
 inline constexpr int kDecodeThreads = 128;
 
+inline constexpr const char* kAttentionHeadDims = "64, 96, 128, 256";
 inline constexpr bool is_attention_head_dim(int head_dim) {
   return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
 }

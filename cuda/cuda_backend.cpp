@@ -10,16 +10,8 @@
 namespace ni::cuda {
 namespace {
 
-constexpr int32_t kHeadDims[] = {64, 96, 128, 256};
-
 double gib(size_t bytes) {
   return static_cast<double>(bytes) / (1 << 30);
-}
-
-std::string list_of_head_dims() {
-  std::string list;
-  for (const int32_t d : kHeadDims) list = concat(list, list.empty() ? "" : ", ", d);
-  return list;
 }
 
 // Copies from and to other host memory may or may not have happened when they return: where the
@@ -30,10 +22,6 @@ bool is_pinned(const void* host) {
     return attributes.type == cudaMemoryTypeHost;
   cudaGetLastError();
   return false;
-}
-
-bool is_supported_head_dim(int32_t d) {
-  return std::find(std::begin(kHeadDims), std::end(kHeadDims), d) != std::end(kHeadDims);
 }
 
 }  // namespace
@@ -224,8 +212,8 @@ void CudaBackend::check_model(DType weights, int32_t num_heads, const KvView& kv
             " are not supported on CUDA; bfloat16 and float16 are");
   check_arg(weights == info_.activation_dtype, "weights of ", dtype_name(weights),
             " on a backend of ", dtype_name(info_.activation_dtype));
-  check_arg(is_supported_head_dim(kv.head_dim), "head_dim ", kv.head_dim,
-            " is not supported on CUDA; supported are ", list_of_head_dims());
+  check_arg(is_attention_head_dim(kv.head_dim), "head_dim ", kv.head_dim,
+            " is not supported on CUDA; supported are ", kAttentionHeadDims);
   check_arg(kv.dtype == weights || kv.dtype == DType::fp8_e4m3, "a KV cache of ",
             dtype_name(kv.dtype), " is not supported on CUDA with a model in ", dtype_name(weights),
             "; ", dtype_name(weights), " and fp8_e4m3 are");
@@ -286,8 +274,8 @@ void CudaBackend::check_kv(const KvView& kv, const char* what) const {
             ": the KV cache is empty");
   check_arg(kv.block_size > 0 && kv.block_size % 16 == 0, what, ": block_size ", kv.block_size,
             " is not a multiple of 16");
-  check_arg(is_supported_head_dim(kv.head_dim), what, ": head_dim ", kv.head_dim,
-            " is not supported on CUDA; supported are ", list_of_head_dims());
+  check_arg(is_attention_head_dim(kv.head_dim), what, ": head_dim ", kv.head_dim,
+            " is not supported on CUDA; supported are ", kAttentionHeadDims);
   check_arg(kv.k_tile == 1, what, ": K must be plain rows on CUDA");
   check_arg(kv.dtype == info_.activation_dtype || kv.dtype == DType::fp8_e4m3, what,
             ": a KV cache of ", dtype_name(kv.dtype), " is not supported on CUDA; ",

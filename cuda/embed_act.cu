@@ -18,10 +18,6 @@ unsigned blocks_for(int64_t units) {
   return static_cast<unsigned>(std::min(kMaxBlocks, (units + kThreads - 1) / kThreads));
 }
 
-bool is_aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
-}
-
 // Calls f with 8 or 1: how many elements a thread moves at once.
 template <typename F>
 void dispatch_vector(bool vectors, const F& f) {
@@ -181,8 +177,9 @@ void embed(const int32_t* token_ids, const int32_t* sampled_ids, const int32_t* 
   if (rows == 0) return;
   const EmbedParams p{token_ids, sampled_ids,  positions,  table, positions_table, out, rows,
                       n,         table_stride, out_stride, scale};
-  const bool vectors = n % 8 == 0 && is_aligned(table, table_stride) &&
-                       is_aligned(positions_table, table_stride) && is_aligned(out, out_stride);
+  const bool vectors = n % 8 == 0 && is_vector_aligned(table, table_stride) &&
+                       is_vector_aligned(positions_table, table_stride) &&
+                       is_vector_aligned(out, out_stride);
   dispatch_16bit(dtype, "embed", [&](auto type) {
     dispatch_vector(vectors, [&](auto v) {
       constexpr int V = decltype(v)::value;
@@ -195,7 +192,8 @@ void embed(const int32_t* token_ids, const int32_t* sampled_ids, const int32_t* 
 void activation(const void* x, int64_t x_stride, int64_t rows, int64_t n, Activation act,
                 bool gated, DType dtype, void* out, int64_t out_stride, cudaStream_t stream) {
   if (rows == 0) return;
-  const bool vectors = n % 8 == 0 && is_aligned(x, x_stride) && is_aligned(out, out_stride);
+  const bool vectors =
+      n % 8 == 0 && is_vector_aligned(x, x_stride) && is_vector_aligned(out, out_stride);
   dispatch_16bit(dtype, "activation", [&](auto type) {
     using T = decltype(type);
     dispatch_vector(vectors, [&](auto v) {
@@ -212,7 +210,8 @@ void activation(const void* x, int64_t x_stride, int64_t rows, int64_t n, Activa
 void gather_rows(const void* x, int64_t x_stride, const int32_t* rows, int64_t count, int64_t n,
                  DType dtype, void* out, int64_t out_stride, cudaStream_t stream) {
   if (count == 0) return;
-  const bool vectors = n % 8 == 0 && is_aligned(x, x_stride) && is_aligned(out, out_stride);
+  const bool vectors =
+      n % 8 == 0 && is_vector_aligned(x, x_stride) && is_vector_aligned(out, out_stride);
   dispatch_16bit(dtype, "gather_rows", [&](auto type) {
     using T = decltype(type);
     dispatch_vector(vectors, [&](auto v) {

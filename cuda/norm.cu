@@ -119,10 +119,6 @@ void launch_items(const NormParams& p, NormKind kind, int64_t rows, cudaStream_t
   }
 }
 
-bool aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
-}
-
 }  // namespace
 
 void norm(const void* x, int64_t x_stride, void* residual, int64_t residual_stride, int64_t rows,
@@ -132,8 +128,9 @@ void norm(const void* x, int64_t x_stride, void* residual, int64_t residual_stri
   const NormParams p{
       x,        residual, out,  x_stride, residual_stride, out_stride, static_cast<int>(n),
       w.weight, w.bias,   a.eps};
-  const bool vectors = n % 8 == 0 && aligned(x, x_stride) && aligned(out, out_stride) &&
-                       aligned(residual, residual_stride);
+  const bool vectors = n % 8 == 0 && is_vector_aligned(x, x_stride) &&
+                       is_vector_aligned(out, out_stride) &&
+                       is_vector_aligned(residual, residual_stride);
   dispatch_16bit(dtype, "norm", [&](auto type) {
     using T = decltype(type);
     if (vectors) {
