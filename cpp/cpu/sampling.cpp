@@ -54,11 +54,15 @@ struct Workspace {
   }
 };
 
+float without_nan(float logit) {
+  return std::isnan(logit) ? -kInf : logit;
+}
+
 // More likely first; ties: lower id first.
 struct ByLogit {
   const float* z;
   bool operator()(int32_t a, int32_t b) const {
-    const float x = std::isnan(z[a]) ? -kInf : z[a], y = std::isnan(z[b]) ? -kInf : z[b];
+    const float x = without_nan(z[a]), y = without_nan(z[b]);
     return x != y ? x > y : a < b;
   }
 };
@@ -88,15 +92,16 @@ class RowSampler {
     const double sum = std::isinf(best) ? 1 : kernels_.exp_sum(raw_, n_, best, 1.0f, nullptr);
     const double log_sum = static_cast<double>(best) + std::log(sum);
     const auto logprob = [&](int32_t id) {
-      if (best == -kInf) return -kInf;
+      if (best == -kInf || std::isnan(raw_[id])) return -kInf;
       return raw_[id] == best && sum == 1
                  ? 0.0f
                  : static_cast<float>(static_cast<double>(raw_[id]) - log_sum);
     };
     if (out.logprobs != nullptr) out.logprobs[at] = logprob(token);
     if (out.ranks != nullptr) {
+      const float value = without_nan(raw_[token]);
       int32_t above = 0;
-      for (int64_t i = 0; i < n_; ++i) above += raw_[i] > raw_[token];
+      for (int64_t i = 0; i < n_; ++i) above += raw_[i] > value;
       out.ranks[at] = above + 1;
     }
     const int64_t wanted = std::min<int64_t>(row_.num_logprobs, out.max_logprobs);
@@ -169,7 +174,7 @@ class RowSampler {
     int32_t* heap = ws_.ids;
     for (int32_t i = 0; i < size; ++i) heap[i] = i;
     std::make_heap(heap, heap + size, before);
-    const auto least = [&] { return std::isnan(raw_[heap[0]]) ? -kInf : raw_[heap[0]]; };
+    const auto least = [&] { return without_nan(raw_[heap[0]]); };
     float limit = least();
     for (auto i = static_cast<int32_t>(size); i < n_; ++i) {
       if (!(raw_[i] > limit)) continue;  // a tie with a lower id loses

@@ -309,6 +309,18 @@ TEST_P(SamplingTest, NanNeverEscapesTheVocabulary) {
   }
 }
 
+TEST_P(SamplingTest, NanIsScoredAsTheLeastLikelyToken) {
+  SamplingRow row;
+  row.num_logprobs = 0;
+  row.target = 2;
+  const Result r = sample({1, -INFINITY, NAN, 0, NAN}, {row});
+  EXPECT_EQ(r.logprobs[0], -INFINITY);
+  EXPECT_EQ(r.ranks[0], 3);
+  const Result none = sample(std::vector<float>(5, NAN), {row});
+  EXPECT_EQ(none.logprobs[0], -INFINITY);
+  EXPECT_EQ(none.ranks[0], 1);
+}
+
 TEST_P(SamplingTest, ALargeVocabularyAndAnyThreads) {
   const auto logits = random_floats(151936, 7, 3);
   std::vector<SamplingRow> rows;
