@@ -8,12 +8,31 @@
 
 namespace ni {
 
+// Marks, by the index -1, sequences that are not to be cut: the shortest, so that no chunk waits
+// for long. items: one a sequence, in `index` how many chunks it has; so many as in the end are
+// listed.
+inline void leave_short_ones_whole(std::vector<AttnItem>& items, int32_t max_items) {
+  std::sort(items.begin(), items.end(), [](const AttnItem& a, const AttnItem& b) {
+    return a.index != b.index ? a.index > b.index : a.seq < b.seq;
+  });
+  int64_t room = max_items - static_cast<int64_t>(items.size());  // beyond one item a sequence
+  for (AttnItem& item : items) {
+    if (item.index - 1 <= room) {
+      room -= item.index - 1;
+    } else {
+      item.index = -1;
+    }
+  }
+  std::sort(items.begin(), items.end(),
+            [](const AttnItem& a, const AttnItem& b) { return a.seq < b.seq; });
+}
+
 // Refills both lists (they keep their capacity, nothing else is allocated). The tiling's
 // kv_chunk is above 0.
 //
 // decode: for each sequence of 1 to decode_rows query rows, one item a chunk of its context,
-// ascending; or one item of index -1 where listing all its chunks would leave no room, within
-// max_items, for one item of each sequence after it.
+// ascending. Where these would be more than max_items, the longest sequences are cut that can be
+// with room for one item, of index -1, of each of the others.
 // prefill: tiles of q_tile query rows of the others; the tile that sees the latest position first,
 // ties in the order of sequences and tiles.
 inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context_lens,
@@ -22,23 +41,25 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
   decode.clear();
   prefill.clear();
   const auto query_len = [&](int32_t s) { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; };
-  const auto is_decode = [&](int32_t s) {
-    return query_len(s) > 0 && query_len(s) <= tiling.decode_rows && context_lens[s] > 0;
-  };
-  int64_t waiting = 0;  // decode sequences that are not listed yet
-  for (int32_t s = 0; s < num_seqs; ++s) waiting += is_decode(s);
+  int64_t chunks = 0;
   for (int32_t s = 0; s < num_seqs; ++s) {
-    if (is_decode(s)) {
-      --waiting;
-      const int32_t chunks = (context_lens[s] + tiling.kv_chunk - 1) / tiling.kv_chunk;
-      if (static_cast<int64_t>(decode.size()) + chunks + waiting > tiling.max_items) {
-        decode.push_back({s, -1});
-      } else {
-        for (int32_t i = 0; i < chunks; ++i) decode.push_back({s, i});
-      }
-    } else if (query_len(s) > tiling.decode_rows && context_lens[s] > 0) {
+    if (query_len(s) <= 0 || context_lens[s] <= 0) continue;
+    if (query_len(s) <= tiling.decode_rows) {
+      decode.push_back({s, (context_lens[s] + tiling.kv_chunk - 1) / tiling.kv_chunk});
+      chunks += decode.back().index;
+    } else {
       for (int32_t i = 0; i * tiling.q_tile < query_len(s); ++i) prefill.push_back({s, i});
     }
+  }
+  if (chunks > tiling.max_items) leave_short_ones_whole(decode, tiling.max_items);
+  // From an item a sequence to an item a chunk, in place and so from the end.
+  size_t from = decode.size(), to = 0;
+  for (const AttnItem& item : decode) to += static_cast<size_t>(std::max(item.index, 1));
+  decode.resize(to);
+  while (from > 0) {
+    const AttnItem item = decode[--from];
+    for (int32_t i = item.index; i > 1; --i) decode[--to] = {item.seq, i - 1};
+    decode[--to] = {item.seq, std::min(item.index, 0)};
   }
   const auto last_position = [&](const AttnItem& item) {
     const int32_t rows = query_len(item.seq);

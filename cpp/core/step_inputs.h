@@ -45,7 +45,7 @@ struct AttnTiling {
   int32_t kv_chunk = 0;     // tokens of a chunk of the cache, at absolute multiples of it
   int32_t q_tile = 0;       // query rows of a tile
   int32_t decode_rows = 0;  // sequences with at most so many query rows are cut along the cache
-  // Most chunks that may be listed. Sequences for which no room is left are not cut: one item with
+  // Most chunks that may be listed. Beyond that the shortest sequences are not cut: one item with
   // the index -1.
   int32_t max_items = 0;
 };

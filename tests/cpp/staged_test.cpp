@@ -46,7 +46,7 @@ class Careless final : public Backend {
   void wait(uint64_t) override {}
   void run_step(GraphKey, const std::function<void()>& step) override { step(); }
   bool healthy() const override { return true; }
-  void check_model(DType, int32_t, const KvView&) const override {}
+  void check_model(DType, int32_t, const std::vector<int32_t>&, const KvView&) const override {}
   size_t weight_bytes(const WeightSpec& s) const override { return cpu_->weight_bytes(s); }
   void load_rows(const LinearWeight& w, int64_t r, Tensor t) override { cpu_->load_rows(w, r, t); }
   void prepare(const std::vector<const LinearWeight*>&, int64_t) override {}
@@ -137,14 +137,21 @@ TEST(AttnItems, WithoutRoomASequenceIsNotCut) {
   const Items cut{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {1, 3},
                   {2, 0}, {2, 1}, {3, 0}, {3, 1}, {3, 2}};
   EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 11}).decode, cut);
-  // 10: the last one does not fit; 7: nor does the second; 4: none does.
-  Items most(cut.begin(), cut.begin() + 8);
-  most.emplace_back(3, -1);
-  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 10}).decode, most);
+  // The shortest is the first that is not cut, the later of equals.
+  EXPECT_EQ(
+      lists(ones, contexts, {256, 64, 4, 10}).decode,
+      (Items{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {1, 3}, {2, -1}, {3, 0}, {3, 1}, {3, 2}}));
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 8}).decode,
+            (Items{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {1, 3}, {2, -1}, {3, -1}}));
   EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 7}).decode,
-            (Items{{0, 0}, {0, 1}, {1, -1}, {2, 0}, {2, 1}, {3, -1}}));
+            (Items{{0, -1}, {1, 0}, {1, 1}, {1, 2}, {1, 3}, {2, -1}, {3, -1}}));
+  // The longest does not fit, the next does.
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 6}).decode,
+            (Items{{0, -1}, {1, -1}, {2, -1}, {3, 0}, {3, 1}, {3, 2}}));
   EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 4}).decode,
             (Items{{0, -1}, {1, -1}, {2, -1}, {3, -1}}));
+  // One chunk is the whole, with its own index as long as there is room.
+  EXPECT_EQ(lists({1, 1}, {300, 20}, {256, 64, 4, 2}).decode, (Items{{0, -1}, {1, 0}}));
 }
 
 TEST(AttnItems, PaddingRowsGetNone) {
