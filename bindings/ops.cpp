@@ -193,7 +193,7 @@ class Ops {
     const double slots = static_cast<double>(num_blocks) * block_size;
     check_arg(slots < 0x1p31 && slots * num_kv_heads * head_dim < 0x1p40, "a cache of ", slots,
               " slots is too large");
-    backend_->check_model(activation_dtype_, num_kv_heads, out->view);
+    backend_->check_model(activation_dtype_, num_kv_heads, {}, out->view);
     const auto bytes =
         static_cast<size_t>(out->view.block_bytes()) * static_cast<size_t>(num_blocks);
     out->data = backend_->alloc(bytes);

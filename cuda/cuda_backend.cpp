@@ -207,7 +207,8 @@ void* CudaBackend::reserve(Workspace& workspace, size_t bytes) {
 // -- Weights
 // ----------------------------------------------------------------------------------------
 
-void CudaBackend::check_model(DType weights, int32_t num_heads, const KvView& kv) const {
+void CudaBackend::check_model(DType weights, int32_t num_heads,
+                              const std::vector<int32_t>& rotary_dims, const KvView& kv) const {
   check_arg(weights == DType::bf16 || weights == DType::f16, "weights of ", dtype_name(weights),
             " are not supported on CUDA; bfloat16 and float16 are");
   check_arg(weights == info_.activation_dtype, "weights of ", dtype_name(weights),
@@ -221,6 +222,11 @@ void CudaBackend::check_model(DType weights, int32_t num_heads, const KvView& kv
             kv.block_size);
   check_arg(kv.num_kv_heads > 0 && num_heads % kv.num_kv_heads == 0, num_heads, " heads over ",
             kv.num_kv_heads, " KV heads");
+  check_arg(num_heads <= kMaxAttentionHeads, "num_heads ", num_heads,
+            " is not supported on CUDA; at most ", kMaxAttentionHeads, " are");
+  for (const int32_t rotary_dim : rotary_dims)
+    check_arg(rotary_dim % 4 == 0, "rotary_dim ", rotary_dim,
+              " is not supported on CUDA; it must be a multiple of 4");
 }
 
 size_t CudaBackend::weight_bytes(const WeightSpec& spec) const {

@@ -39,7 +39,8 @@ class CudaBackend final : public Backend {
   void run_step(GraphKey key, const std::function<void()>& step) override;
   bool healthy() const override { return healthy_; }
 
-  void check_model(DType weights, int32_t num_heads, const KvView& kv) const override;
+  void check_model(DType weights, int32_t num_heads, const std::vector<int32_t>& rotary_dims,
+                   const KvView& kv) const override;
   size_t weight_bytes(const WeightSpec& spec) const override;
   void load_rows(const LinearWeight& w, int64_t first_row, Tensor src) override;
   void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) override;

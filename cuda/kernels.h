@@ -49,6 +49,8 @@ void rope_kv_write(void* qkv, int64_t qkv_stride, int64_t rows, int32_t num_head
                    const KvView& kv, DType dtype, cudaStream_t stream);
 
 // -- attention_decode.cu, attention_prefill.cu, attention_prefill_sm90.cu -------------------------
+inline constexpr int kMaxAttentionHeads = 256;  // attention_decode counts so many a sequence
+
 struct AttnParams {
   const void* q = nullptr;  // columns [0, num_heads * head_dim) of rows q_stride apart
   int64_t q_stride = 0;

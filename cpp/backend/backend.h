@@ -77,8 +77,9 @@ class Backend {
 
   // -- Weights --------------------------------------------------------------------------------
   // Throws std::invalid_argument naming what of a model's types and sizes cannot be run, and what
-  // could. kv: the cache's view without memory.
-  virtual void check_model(DType weights, int32_t num_heads, const KvView& kv) const = 0;
+  // could. rotary_dims: of its rotary tables. kv: the cache's view without memory.
+  virtual void check_model(DType weights, int32_t num_heads,
+                           const std::vector<int32_t>& rotary_dims, const KvView& kv) const = 0;
   // Bytes that a weight takes in the backend's layout (without bias); a multiple of 64.
   virtual size_t weight_bytes(const WeightSpec& spec) const = 0;
   // Stores rows [first_row, first_row + src.rows()) from host memory, converting the element type.

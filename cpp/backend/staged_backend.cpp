@@ -246,8 +246,9 @@ void StagedBackend::download(const void* device, void* host, size_t bytes) {
   inner_->download(device, host, bytes);
 }
 
-void StagedBackend::check_model(DType weights, int32_t num_heads, const KvView& kv) const {
-  inner_->check_model(weights, num_heads, kv);
+void StagedBackend::check_model(DType weights, int32_t num_heads,
+                                const std::vector<int32_t>& rotary_dims, const KvView& kv) const {
+  inner_->check_model(weights, num_heads, rotary_dims, kv);
 }
 
 void StagedBackend::load_rows(const LinearWeight& w, int64_t first_row, Tensor src) {

@@ -38,7 +38,8 @@ class StagedBackend final : public Backend {
   void run_step(GraphKey /*key*/, const std::function<void()>& step) override { step(); }
   bool healthy() const override { return inner_->healthy(); }
 
-  void check_model(DType weights, int32_t num_heads, const KvView& kv) const override;
+  void check_model(DType weights, int32_t num_heads, const std::vector<int32_t>& rotary_dims,
+                   const KvView& kv) const override;
   size_t weight_bytes(const WeightSpec& spec) const override { return inner_->weight_bytes(spec); }
   void load_rows(const LinearWeight& w, int64_t first_row, Tensor src) override;
   // Its results do not depend on plans, and biases come with each call.

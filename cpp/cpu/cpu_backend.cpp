@@ -118,7 +118,8 @@ Buffer CpuBackend::alloc(size_t bytes) {
   return {data, bytes, unmap};
 }
 
-void CpuBackend::check_model(DType /*weights*/, int32_t /*num_heads*/, const KvView& kv) const {
+void CpuBackend::check_model(DType /*weights*/, int32_t /*num_heads*/,
+                             const std::vector<int32_t>& /*rotary_dims*/, const KvView& kv) const {
   check_arg(kv.dtype != DType::fp8_e4m3,
             "an fp8 KV cache is not supported on CPUs; float32, "
             "bfloat16 and float16 are");

@@ -24,7 +24,8 @@ class CpuBackend final : public Backend {
   void run_step(GraphKey /*key*/, const std::function<void()>& step) override { step(); }
   bool healthy() const override { return true; }
 
-  void check_model(DType weights, int32_t num_heads, const KvView& kv) const override;
+  void check_model(DType weights, int32_t num_heads, const std::vector<int32_t>& rotary_dims,
+                   const KvView& kv) const override;
 
   size_t weight_bytes(const WeightSpec& spec) const override;
   void load_rows(const LinearWeight& w, int64_t first_row, Tensor src) override;

@@ -10,10 +10,20 @@
 namespace ni {
 namespace {
 
+// Logits rows of a step: each query row scores or samples, and of a prompt's last row, n choices
+// may be sampled.
+int max_sample_rows(const RunnerConfig& config) {
+  return config.max_num_batched_tokens + config.max_num_seqs;
+}
+
 // Logits rows computed at a time. It bounds their memory (rows x vocabulary x 4 bytes) when a step
-// has many of them, as prompt log-probabilities do. A captured step samples all its rows at once.
+// has many of them, as prompt log-probabilities do: so many that reading lm_head is worth it, and
+// on a card (it asks for work lists) all that decodes have, for a captured step samples its rows at
+// once.
 int logits_slab(const RunnerConfig& config, const BackendInfo& info) {
-  return std::min(config.max_num_seqs, info.has_graphs ? 512 : 64);
+  const bool on_card = info.tiling.kv_chunk > 0;
+  const int rows = on_card ? std::clamp(config.max_num_seqs, 256, 512) : 64;
+  return std::min(max_sample_rows(config), rows);
 }
 
 SampleOutputs sample_views(char* base, int rows, int max_logprobs) {
@@ -30,12 +40,6 @@ SampleOutputs sample_views(char* base, int rows, int max_logprobs) {
 
 size_t sample_bytes(int rows, int max_logprobs) {
   return static_cast<size_t>(rows) * (12 + 8 * static_cast<size_t>(max_logprobs));
-}
-
-// Logits rows of a step: each query row scores or samples, and of a prompt's last row, n choices
-// may be sampled.
-int max_sample_rows(const RunnerConfig& config) {
-  return config.max_num_batched_tokens + config.max_num_seqs;
 }
 
 int max_blocks(const RunnerConfig& config) {
@@ -80,7 +84,10 @@ ModelRunner::ModelRunner(std::unique_ptr<Backend> backend, const ModelConfig& mo
   for (const int size : graph_sizes_)
     check_arg(size >= 1 && size <= config.max_num_seqs, "graph_sizes must be in [1, ",
               config.max_num_seqs, "] (max_num_seqs), got ", size);
-  backend_->check_model(config.dtype, model_.num_heads, cache_.view());
+  std::vector<int32_t> rotary_dims;
+  for (const RopeConfig& rope : model_.ropes)
+    rotary_dims.push_back(static_cast<int32_t>(2 * rope.inv_freq.size()));
+  backend_->check_model(config.dtype, model_.num_heads, rotary_dims, cache_.view());
   weights_.allocate(*backend_);
 }
 

@@ -145,8 +145,9 @@ class HookedBackend : public Backend {
     inner_->wait(mark);
   }
   bool healthy() const override { return !lost && inner_->healthy(); }
-  void check_model(DType weights, int32_t num_heads, const KvView& kv) const override {
-    inner_->check_model(weights, num_heads, kv);
+  void check_model(DType weights, int32_t num_heads, const std::vector<int32_t>& rotary_dims,
+                   const KvView& kv) const override {
+    inner_->check_model(weights, num_heads, rotary_dims, kv);
   }
   void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) override {
     inner_->prepare(weights, max_rows);

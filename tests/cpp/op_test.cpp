@@ -476,10 +476,10 @@ TEST_P(OpTest, WhatADeviceCannotRunIsRefused) {
   KvView kv{nullptr, nullptr, cache_types(GetParam())[0], 4, 16, 2, 64};
   kv.k_tile = backend_->info().k_tile;
   const DType weights = weight_types(GetParam())[0];
-  backend_->check_model(weights, 4, kv);
+  backend_->check_model(weights, 4, {64}, kv);
   const auto refused = [&](DType dtype, KvView view, const std::string& supported) {
     try {
-      backend_->check_model(dtype, 4, view);
+      backend_->check_model(dtype, 4, {64}, view);
       FAIL() << "nothing thrown; wanted a word of " << supported;
     } catch (const std::invalid_argument& e) {
       EXPECT_NE(std::string(e.what()).find(supported), std::string::npos) << e.what();

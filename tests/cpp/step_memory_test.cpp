@@ -234,7 +234,8 @@ TEST(MemoryPlan, IsWhatIsAllocated) {
   }
 }
 
-// Prompt log-probabilities of a long prompt with a big vocabulary: 64 rows of logits at a time.
+// Prompt log-probabilities of a long prompt with a big vocabulary: 64 rows of logits at a time, on
+// a card 256 to 512, whatever max_num_seqs is.
 TEST(LogitsMemory, IsBoundedWhateverThePromptLength) {
   ModelConfig model = tiny_model();
   model.vocab_size = 5003;
@@ -243,21 +244,30 @@ TEST(LogitsMemory, IsBoundedWhateverThePromptLength) {
   config.num_blocks = 64;
   config.max_model_len = 512;
   config.max_num_batched_tokens = 512;
-  const std::unique_ptr<Backend> backend = cpu_backend();
-  const auto activations = [&](int max_num_seqs, int vocab) {
-    config.max_num_seqs = max_num_seqs;
-    model.vocab_size = vocab;
-    return static_cast<int64_t>(ModelRunner::plan_memory(*backend, model, config).activations);
-  };
+  const std::unique_ptr<Backend> cpu = cpu_backend();
+  const GraphBackend card;
   // Rows of logits that are planned for: memory per entry of the vocabulary.
-  for (const auto& [seqs, rows] : std::map<int, int>{{1, 1}, {16, 16}, {64, 64}, {512, 64}})
-    EXPECT_EQ(activations(seqs, 8016) - activations(seqs, 4016), int64_t{rows} * 4000 * 4) << seqs;
+  const auto planned = [&](const Backend& backend, int max_num_seqs) {
+    config.max_num_seqs = max_num_seqs;
+    const auto activations = [&](int vocab) {
+      model.vocab_size = vocab;
+      return ModelRunner::plan_memory(backend, model, config).activations;
+    };
+    return (activations(8016) - activations(4016)) / (4000 * 4);
+  };
+  for (const int seqs : {1, 16, 64, 512}) EXPECT_EQ(planned(*cpu, seqs), 64u) << seqs;
+  for (const auto& [seqs, rows] : std::map<int, size_t>{{1, 256}, {256, 256}, {300, 300}})
+    EXPECT_EQ(planned(card, seqs), rows);
+  EXPECT_EQ(planned(card, 2000), 512u);  // more than lm_head has plans for
+  config.max_num_batched_tokens = 8;
+  EXPECT_EQ(planned(*cpu, 4), 12u);  // all that there can be
+  EXPECT_EQ(planned(card, 4), 12u);
 
   int largest = 0;
   int64_t scored = 0;
   EngineConfig engine_config = tiny_config();
   engine_config.max_model_len = 512;
-  engine_config.max_num_seqs = 256;
+  engine_config.max_num_seqs = 1;
   engine_config.max_num_batched_tokens = 512;
   model.vocab_size = 5003;
   auto hooked = std::make_unique<HookedBackend>(

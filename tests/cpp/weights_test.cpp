@@ -363,10 +363,12 @@ TEST(Loading, ABackendIsAskedFirstAndPreparedLast) {
    public:
     explicit Asked(std::vector<std::string>& log)
         : HookedBackend([&log](std::string_view op) { log.emplace_back(op); }), log_(log) {}
-    void check_model(DType weights, int32_t num_heads, const KvView& kv) const override {
+    void check_model(DType weights, int32_t num_heads, const std::vector<int32_t>& rotary_dims,
+                     const KvView& kv) const override {
       log_.emplace_back("check_model");
       EXPECT_EQ(weights, DType::bf16);
       EXPECT_EQ(num_heads, 4);
+      EXPECT_EQ(rotary_dims, std::vector<int32_t>{tiny_model().head_dim});
       EXPECT_EQ(kv.num_kv_heads, 2);
       EXPECT_EQ(kv.dtype, DType::f16);
     }

@@ -225,19 +225,25 @@ TEST(CudaBackend, RefusesWhatItCannotRunAndSaysWhatItCan) {
   kv.num_kv_heads = 2;
   kv.head_dim = 128;
   kv.k_tile = 1;
-  backend.check_model(DType::bf16, 8, kv);
+  backend.check_model(DType::bf16, 256, {128, 64}, kv);
   const auto refused = [&](auto change) {
     KvView view = kv;
     change(view);
-    return error_of([&] { backend.check_model(DType::bf16, 8, view); });
+    return error_of([&] { backend.check_model(DType::bf16, 8, {128}, view); });
   };
   EXPECT_NE(refused([](KvView& v) { v.head_dim = 80; }).find("64, 96, 128, 256"),
             std::string::npos);
   EXPECT_NE(refused([](KvView& v) { v.block_size = 8; }).find("multiple of 16"), std::string::npos);
   EXPECT_NE(refused([](KvView& v) { v.dtype = DType::f32; }).find("fp8_e4m3"), std::string::npos);
   EXPECT_EQ(refused([](KvView& v) { v.dtype = DType::fp8_e4m3; }), "");
-  EXPECT_NE(error_of([&] { backend.check_model(DType::f16, 8, kv); }).find("float16"),
+  EXPECT_NE(error_of([&] { backend.check_model(DType::f16, 8, {128}, kv); }).find("float16"),
             std::string::npos);
+  const auto heads = error_of([&] { backend.check_model(DType::bf16, 258, {128}, kv); });
+  EXPECT_NE(heads.find("258"), std::string::npos);
+  EXPECT_NE(heads.find("at most 256"), std::string::npos);
+  const auto rotary = error_of([&] { backend.check_model(DType::bf16, 8, {128, 50}, kv); });
+  EXPECT_NE(rotary.find("50"), std::string::npos);
+  EXPECT_NE(rotary.find("multiple of 4"), std::string::npos);
 }
 
 }  // namespace
