@@ -5,6 +5,7 @@
 
 #include "core/check.h"
 #include "cuda/attention_plan.h"
+#include "cuda/build_target.h"
 #include "cuda/check_cuda.h"
 
 namespace ni::cuda {
@@ -45,8 +46,9 @@ CudaBackend::CudaBackend(const BackendOptions& options)
   card_.num_sms = properties.multiProcessorCount;
   card_.max_smem = static_cast<int>(properties.sharedMemPerBlockOptin);
   card_.smem_per_sm = static_cast<int>(properties.sharedMemPerMultiprocessor);
-  check_arg(card_.arch >= 80, properties.name, " has compute capability ", properties.major, ".",
-            properties.minor, "; the CUDA backend needs 8.0 or later");
+  const std::string why =
+      why_not_usable(properties.name, properties.major, properties.minor, NI_CUDA_TARGETS);
+  check_arg(why.empty(), why);
 
   info_.device = "cuda";
   info_.name = properties.name;
@@ -60,26 +62,23 @@ CudaBackend::CudaBackend(const BackendOptions& options)
   info_.has_graphs = graphs_;
   info_.is_batch_invariant = options.batch_invariant;
 
-  check_cuda(cudaStreamCreateWithFlags(&own_stream_, cudaStreamNonBlocking), "creating a stream");
-  stream_ = own_stream_;
-  for (cudaEvent_t& event : marks_)
+  check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  own_stream_.reset(stream_);
+  for (Event& mark : marks_) {
+    cudaEvent_t event = nullptr;
     check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+    mark.reset(event);
+  }
   Linear::Options linear;
   linear.dtype = options.activation_dtype;
   linear.batch_invariant = options.batch_invariant;
   linear.plan_cache = options.plan_cache;
-  linear_ = std::make_unique<Linear>(card_, linear, own_stream_);
+  linear_ = std::make_unique<Linear>(card_, linear, stream_);
 }
 
 CudaBackend::~CudaBackend() {
   cudaSetDevice(device_);
-  cudaDeviceSynchronize();
-  for (const auto& [key, graph] : captured_) cudaGraphExecDestroy(graph);
-  for (const cudaEvent_t event : marks_)
-    if (event != nullptr) cudaEventDestroy(event);
-  loader_.reset();
-  linear_.reset();
-  if (own_stream_ != nullptr) cudaStreamDestroy(own_stream_);
+  cudaDeviceSynchronize();  // members may still be in use
 }
 
 // The current device is a thread's; whoever calls first on a thread sets it.
@@ -116,8 +115,8 @@ Buffer CudaBackend::alloc(size_t bytes) {
   }
   check(error, "cudaMalloc");
   Buffer buffer(data, bytes, [](void* p, size_t) { cudaFree(p); });
-  check(cudaMemsetAsync(data, 0, bytes, own_stream_), "cudaMemset");
-  check(cudaStreamSynchronize(own_stream_), "cudaMemset");
+  check(cudaMemsetAsync(data, 0, bytes, own_stream_.get()), "cudaMemset");
+  check(cudaStreamSynchronize(own_stream_.get()), "cudaMemset");
   return buffer;
 }
 
@@ -151,13 +150,13 @@ void CudaBackend::synchronize() {
 }
 
 uint64_t CudaBackend::mark() {
-  check(cudaEventRecord(marks_[num_marks_ % kMarks], stream_), "cudaEventRecord");
+  check(cudaEventRecord(marks_[num_marks_ % kMarks].get(), stream_), "cudaEventRecord");
   return num_marks_++;
 }
 
 void CudaBackend::wait(uint64_t mark) {
   check_invariant(mark < num_marks_ && num_marks_ - mark <= kMarks, "a mark too far back");
-  check(cudaEventSynchronize(marks_[mark % kMarks]), "a step on the card");
+  check(cudaEventSynchronize(marks_[mark % kMarks].get()), "a step on the card");
 }
 
 void CudaBackend::run_step(GraphKey key, const std::function<void()>& step) {
@@ -166,9 +165,9 @@ void CudaBackend::run_step(GraphKey key, const std::function<void()>& step) {
     step();
     return;
   }
-  cudaGraphExec_t& graph = captured_[{key.rows, key.part}];
+  Graph& graph = captured_[{key.rows, key.part}];
   if (graph != nullptr) {
-    check(cudaGraphLaunch(graph, stream_), "cudaGraphLaunch");
+    check(cudaGraphLaunch(graph.get(), stream_), "cudaGraphLaunch");
     return;
   }
   step();  // the first time as it is, so that everything it needs is loaded; then to be remembered
@@ -190,10 +189,11 @@ void CudaBackend::run_step(GraphKey key, const std::function<void()>& step) {
     std::rethrow_exception(failure);
   }
   check(ended, "cudaStreamEndCapture");
-  const cudaError_t made = cudaGraphInstantiate(&graph, captured, 0);
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t made = cudaGraphInstantiate(&executable, captured, 0);
   cudaGraphDestroy(captured);
-  if (made != cudaSuccess) graph = nullptr;
   check(made, "cudaGraphInstantiate");
+  graph.reset(executable);
 }
 
 void* CudaBackend::reserve(Workspace& workspace, size_t bytes) {

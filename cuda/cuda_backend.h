@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -76,18 +77,32 @@ class CudaBackend final : public Backend {
   void check_activations(const Tensor& t, int64_t rows, int64_t cols, const char* what) const;
   void check_kv(const KvView& kv, const char* what) const;
 
+  // What the runtime hands out; freed also when the constructor throws half-way.
+  template <auto destroy>
+  struct Destroy {
+    template <typename T>
+    void operator()(T* handle) const {
+      destroy(handle);
+    }
+  };
+  template <typename Handle, auto destroy>
+  using Owned = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy<destroy>>;
+  using Stream = Owned<cudaStream_t, cudaStreamDestroy>;
+  using Event = Owned<cudaEvent_t, cudaEventDestroy>;
+  using Graph = Owned<cudaGraphExec_t, cudaGraphExecDestroy>;
+
   int device_;
   BackendInfo info_;
   Card card_;
   bool graphs_;
-  cudaStream_t own_stream_ = nullptr;
+  Stream own_stream_;  // declared before all that uses it
   cudaStream_t stream_ = nullptr;
   static constexpr size_t kMarks = 16;
-  std::array<cudaEvent_t, kMarks> marks_{};
+  std::array<Event, kMarks> marks_;
   uint64_t num_marks_ = 0;
   bool capturing_ = false;
-  mutable std::atomic<bool> healthy_ = true;  // loader threads may find out, too
-  std::map<std::pair<int32_t, int32_t>, cudaGraphExec_t> captured_;  // by rows and part
+  mutable std::atomic<bool> healthy_ = true;               // loader threads may find out, too
+  std::map<std::pair<int32_t, int32_t>, Graph> captured_;  // by rows and part
   std::unique_ptr<Linear> linear_;
   std::unique_ptr<WeightLoader> loader_;
   std::mutex loader_mutex_;

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "backend/registry.h"
+#include "cuda/build_target.h"
 #include "cuda/cuda_backend.h"
 
 #define NI_EXPORT extern "C" __attribute__((visibility("default")))
@@ -20,17 +21,17 @@ NI_EXPORT bool ni_device_names(char* text, size_t bytes) {
   const cudaError_t error = cudaGetDeviceCount(&count);
   bool found = error == cudaSuccess && count > 0;
   if (found) {
-    std::string too_old;
+    std::string unusable;
     for (int i = 0; i < count; ++i) {  // every index has its line
       cudaDeviceProp properties{};
       if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) properties = {};
       out = ni::concat(out, i > 0 ? "\n" : "", properties.name);
-      if (properties.major < 8)
-        too_old = ni::concat(properties.name, " has compute capability ", properties.major, ".",
-                             properties.minor, ", and 8.0 or later is needed");
+      const std::string why = ni::cuda::why_not_usable(properties.name, properties.major,
+                                                       properties.minor, NI_CUDA_TARGETS);
+      if (!why.empty()) unusable = why;
     }
-    found = too_old.empty();  // a mixed machine: CUDA_VISIBLE_DEVICES leaves the others
-    if (!found) out = too_old;
+    found = unusable.empty();  // a mixed machine: CUDA_VISIBLE_DEVICES leaves the others
+    if (!found) out = unusable;
   } else if (error == cudaErrorInsufficientDriver) {
     int driver = 0, runtime = 0;
     cudaDriverGetVersion(&driver);
