@@ -85,7 +85,8 @@ class EngineArgs(metaclass=NamedFields):
     """On CUDA the share of the card's memory that weights, activations, cache and whatever else is
     on the card may take together (None: 0.9); on the CPU the share of the memory left free by
     weights and activations that the cache may take (None: 0.5). The cache takes no more than
-    max_num_seqs sequences of max_model_len tokens need."""
+    max_num_seqs sequences of max_model_len tokens need. Not together with num_blocks or
+    kv_cache_memory_bytes, which say how large the cache is."""
     paged: bool = True
     """False: one contiguous reservation of max_model_len tokens a sequence, for comparison."""
     enable_prefix_caching: bool = True
@@ -180,18 +181,25 @@ class EngineArgs(metaclass=NamedFields):
             check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
         if self.cudagraph_capture_sizes is not None:
             check_graph_sizes(self.cudagraph_capture_sizes)
-        if self.num_gpu_blocks_override is not None:
-            if self.num_blocks not in (None, self.num_gpu_blocks_override):
-                raise ValueError("num_gpu_blocks_override is another name for num_blocks: give one")
-            self.num_blocks = self.num_gpu_blocks_override
-        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
-            raise ValueError("num_blocks and kv_cache_memory_bytes both size the cache: give one")
+        self._check_cache_size()
         tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
         if tokens is not None and seqs is not None and tokens < seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({tokens}) must be at least max_num_seqs ({seqs}): "
                 "each running sequence needs a token a step"
             )
+
+    def _check_cache_size(self) -> None:
+        override = self.num_gpu_blocks_override
+        if override is not None and self.num_blocks not in (None, override):
+            raise ValueError("num_gpu_blocks_override is another name for num_blocks: give one")
+        blocks = "num_blocks" if override is None else "num_gpu_blocks_override"
+        names = (blocks, "kv_cache_memory_bytes", "gpu_memory_utilization")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} both size the cache: give one")
+        if override is not None:
+            self.num_blocks = override
 
     def _check_choices(self) -> None:
         check_choice("dtype", self.dtype, ("auto", *DTYPES))

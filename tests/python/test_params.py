@@ -515,6 +515,15 @@ def test_unknown_option_is_named(model_dir: Path, name: str) -> None:
 def test_contradicting_options(model_dir: Path) -> None:
     for options, message in (
         ({"num_blocks": 200, "kv_cache_memory_bytes": 10**7}, "kv_cache_memory_bytes"),
+        (
+            {"num_blocks": 200, "gpu_memory_utilization": 0.9},
+            "num_blocks and gpu_memory_utilization both size the cache",
+        ),
+        ({"num_gpu_blocks_override": 200, "gpu_memory_utilization": 0.9}, "num_gpu_blocks_overr"),
+        (
+            {"kv_cache_memory_bytes": 10**7, "gpu_memory_utilization": 0.9},
+            "kv_cache_memory_bytes and gpu_memory_utilization",
+        ),
         ({"num_blocks": 200, "num_gpu_blocks_override": 300}, "num_gpu_blocks_override"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_batched_tokens"),
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 512}, "max_model_len"),

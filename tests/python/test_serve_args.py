@@ -183,6 +183,7 @@ def test_lists() -> None:
         ({"allow_credentials": True, "allowed_origins": ("*",)}, {}, "", "that are listed, not *"),
         ({"allow_credentials": True}, {}, "", "allow_credentials needs allowed_origins"),
         ({"num_blocks": "3", "kv_cache_memory_bytes": "3GB"}, {}, "", "both size the cache"),
+        ({"num_blocks": "3"}, {}, "gpu_memory_utilization = 0.9", "size the cache: give one ("),
     ],
 )  # fmt: skip
 def test_refusals_name_the_source(

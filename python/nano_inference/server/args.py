@@ -290,7 +290,8 @@ class ServeArgs(metaclass=NamedFields):
     gpu_memory_utilization: float | None = option(
         "Cache",
         "CUDA: share of the card's memory for all of it; CPU: share of the memory left free by the "
-        "weights that the KV cache may take.",
+        "weights that the KV cache may take. Not with kv_cache_memory_bytes or num_blocks, which "
+        "say how large the cache is.",
         unset="0.9 on CUDA, 0.5 on the CPU",
         above=True,
     )
@@ -410,8 +411,6 @@ class ServeArgs(metaclass=NamedFields):
         self._check_security()
         if self.root_path and not re.fullmatch(r"(/[^/?#\s]+)+", self.root_path):
             refuse("root_path", self.root_path, "a path, as /llm")
-        if self.num_blocks is not None and self.kv_cache_memory_bytes is not None:
-            raise ValueError("num_blocks and kv_cache_memory_bytes both size the cache: give one")
 
     def _check_security(self) -> None:
         for name in ("api_key_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs"):
