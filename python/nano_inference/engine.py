@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -91,17 +92,23 @@ class LoadedEngine:
         config, self.plan = plan_engine(args, self.loaded)
         then = self._log_phase("config and tokenizer", began)
         self.core = _core.Engine(config, self.loaded.model_config)
-        self._bytes_read = loader.load_weights(
-            self.core,
-            path,
-            self.loaded,
-            check_nan=args.check_weights,
-            progress=args.use_tqdm_on_load,
-            threads=loader.CUDA_THREADS if on_cuda else 1,
-        )
-        then = self._log_phase("weights", then)
-        self.core.finish_loading()
-        self.core.start()
+        try:
+            self._bytes_read = loader.load_weights(
+                self.core,
+                path,
+                self.loaded,
+                check_nan=args.check_weights,
+                progress=args.use_tqdm_on_load,
+                threads=loader.CUDA_THREADS if on_cuda else 1,
+            )
+            then = self._log_phase("weights", then)
+            self.core.finish_loading()
+            self.core.start()
+        except BaseException as error:
+            # The traceback holds self and the loader's variables, and they the device's memory.
+            traceback.clear_frames(error.__traceback__)
+            del self.core
+            raise
         self.plan = replace(self.plan, num_blocks=self.core.num_blocks)
         rest = "plans, cache, warm-up and graphs" if on_cuda else "cache and warm-up"
         self._log_phase(rest, then)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,26 +80,33 @@ def load_weights(
     check_tensors(checkpoint, loaded.weight_map)
     parts = Counter(source.name for source in loaded.weight_map)
     total = sum(checkpoint[name].nbytes for name in parts)
-
-    def load(source: WeightSource) -> int:
-        tensor = checkpoint[source.name]
-        data = tensor.read()
-        if check_nan and not is_finite(data, tensor.dtype, loaded.dtype):
-            raise ValueError(
-                f"tensor '{source.name}' holds NaN or infinite values (as {loaded.dtype})"
-            )
-        try:
-            engine.load_weight(source.slot, slot_view(data, source), tensor.dtype)
-        except (ValueError, RuntimeError) as error:
-            raise type(error)(f"tensor '{source.name}': {error}") from error
-        return tensor.nbytes // parts[source.name]
-
+    # No closure: a traceback would hold it, and the engine with it, for good (engine.py).
+    load = partial(_load, engine, checkpoint, parts, loaded.dtype if check_nan else None)
     with tqdm(
         total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress
     ) as bar:
         for nbytes in _each(load, loaded.weight_map, checkpoint, threads):
             bar.update(nbytes)
     return total
+
+
+def _load(
+    engine: _core.Engine,
+    checkpoint: Checkpoint,
+    parts: Counter[str],
+    finite_as: str | None,
+    source: WeightSource,
+) -> int:
+    """Fills one slot. finite_as: the type in which the values must be finite."""
+    tensor = checkpoint[source.name]
+    data = tensor.read()
+    if finite_as is not None and not is_finite(data, tensor.dtype, finite_as):
+        raise ValueError(f"tensor '{source.name}' holds NaN or infinite values (as {finite_as})")
+    try:
+        engine.load_weight(source.slot, slot_view(data, source), tensor.dtype)
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"tensor '{source.name}': {error}") from error
+    return tensor.nbytes // parts[source.name]
 
 
 def _each(

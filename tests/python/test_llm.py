@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nano_inference import LLM, SamplingParams
+from nano_inference import LLM, SamplingParams, _core, loader
 from nano_inference.outputs import RequestOutput
 from nano_inference.random_model import write_random_model
 from nano_inference.request import RequestState
@@ -506,7 +507,7 @@ def test_eos_of_the_tokenizer_stops(tmp_path: Path) -> None:
 def test_a_fork_is_refused_and_not_left_to_hang(model_dir: Path) -> None:
     script = f"""
 import os, sys
-from nano_inference import LLM, SamplingParams
+from nano_inference import LLM, SamplingParams, _core, loader
 llm = LLM({str(model_dir)!r}, use_tqdm_on_load=False)
 request = llm.engine.prepare("abc", SamplingParams())
 pid = os.fork()
@@ -607,6 +608,30 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(tmp_path: Path) -> 
     message = str(refused.value)
     assert "\n" not in message and f"weights {weights:.0f}." in message.replace(",", "")
     assert "activations" in message and "KV cache" in message and "available" in message
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("phase", ["weights", "finish_loading"])
+def test_a_failed_start_keeps_no_memory(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, phase: str, threads: int
+) -> None:
+    """Though the exception, and with it the traceback and its variables, is still there."""
+    engines = []
+    load = loader.load_weights
+
+    def watch(core: _core.Engine, *args: Any, **options: Any) -> int:
+        engines.append(weakref.ref(core))
+        return load(core, *args, **{**options, "threads": threads}) if phase == "weights" else 0
+
+    def broken(*_: Any) -> Any:
+        raise ValueError("a broken weight")
+
+    monkeypatch.setattr(loader, "load_weights", watch)
+    monkeypatch.setattr(loader, "slot_view", broken)
+    with pytest.raises(ValueError, match="broken weight|were not loaded") as failed:
+        LLM(str(model_dir))
+    assert [engine() for engine in engines] == [None]
+    del failed
 
 
 def test_a_cache_too_small_says_what_fits(model_dir: Path) -> None:
