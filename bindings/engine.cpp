@@ -205,6 +205,7 @@ py::dict plan_memory(const EngineConfig& config, const ModelConfig& model) {
   d["weights"] = plan.weights;
   d["activations"] = plan.activations;
   d["kv_block"] = plan.kv_block;
+  d["reserve"] = plan.reserve;
   d["block_size"] = config.effective_block_size();
   d["memory_available"] = backend->memory_available();
   d["memory_total"] = backend->info().memory_total;

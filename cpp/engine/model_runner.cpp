@@ -10,6 +10,11 @@
 namespace ni {
 namespace {
 
+// It asks for work lists.
+bool is_card(const BackendInfo& info) {
+  return info.tiling.kv_chunk > 0;
+}
+
 // Logits rows of a step: each query row scores or samples, and of a prompt's last row, n choices
 // may be sampled.
 int max_sample_rows(const RunnerConfig& config) {
@@ -18,11 +23,9 @@ int max_sample_rows(const RunnerConfig& config) {
 
 // Logits rows computed at a time. It bounds their memory (rows x vocabulary x 4 bytes) when a step
 // has many of them, as prompt log-probabilities do: so many that reading lm_head is worth it, and
-// on a card (it asks for work lists) all that decodes have, for a captured step samples its rows at
-// once.
+// on a card all that decodes have, for a captured step samples its rows at once.
 int logits_slab(const RunnerConfig& config, const BackendInfo& info) {
-  const bool on_card = info.tiling.kv_chunk > 0;
-  const int rows = on_card ? std::clamp(config.max_num_seqs, 256, 512) : 64;
+  const int rows = is_card(info) ? std::clamp(config.max_num_seqs, 256, 512) : 64;
   return std::min(max_sample_rows(config), rows);
 }
 
@@ -48,6 +51,21 @@ int max_blocks(const RunnerConfig& config) {
 
 size_t steps_in_flight(const RunnerConfig& config) {
   return config.overlap ? 2 : 1;
+}
+
+// What captured steps will take, about.
+size_t graph_bytes(const BackendInfo& info, size_t num_graphs) {
+  constexpr size_t kGraphs = 64'000'000, kGraph = 1'000'000;
+  return info.has_graphs ? kGraphs + kGraph * num_graphs : 0;
+}
+
+// Kernels and libraries, a copy of the logits for the sampler and attention's sums of chunks.
+size_t working_bytes(const BackendInfo& info, const ModelConfig& model, int logits_rows) {
+  constexpr size_t kLibraries = 256'000'000;
+  const auto logits = static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab_size);
+  const int64_t chunk_rows = int64_t{info.tiling.max_items} * info.tiling.decode_rows;
+  const auto sums = static_cast<size_t>(chunk_rows * (model.q_size() + 2 * model.num_heads));
+  return kLibraries + 4 * (logits + sums);
 }
 
 double gigabytes(double bytes) {
@@ -103,8 +121,11 @@ MemoryPlan ModelRunner::plan_memory(const Backend& backend, const ModelConfig& m
   const size_t step = StepBatch::max_bytes(config.max_num_batched_tokens, config.max_num_seqs,
                                            max_blocks(config), info.tiling) +
                       sample_bytes(max_sample_rows(config), config.max_logprobs);
-  plan.activations += step * (1 + steps_in_flight(config));
+  plan.activations += step * (is_card(info) ? 1 : 1 + steps_in_flight(config));
   plan.kv_block = KvCache(model, config.kv_dtype, config.block_size, info.k_tile).block_bytes();
+  if (is_card(info))
+    plan.reserve = graph_bytes(info, config.graph_sizes.size()) +
+                   working_bytes(info, model, logits_slab(config, info));
   return plan;
 }
 
@@ -120,8 +141,8 @@ void ModelRunner::finish_loading() {
   allocate_step_memory();
   backend_->prepare(weights_.products(), config_.max_num_batched_tokens);
   cache_.allocate(*backend_, std::max(num_blocks_, 1));
-  // On a card (it asks for work lists) everything that grows when it is first needed grows here.
-  if (backend_->info().tiling.kv_chunk > 0 || num_blocks_ == 0) run_largest_step();
+  // On a card everything that grows when it is first needed grows here.
+  if (is_card(backend_->info()) || num_blocks_ == 0) run_largest_step();
   if (num_blocks_ == 0) {
     num_blocks_ = blocks_that_fit();
     cache_.allocate(*backend_, num_blocks_);
@@ -180,23 +201,23 @@ void ModelRunner::run_largest_step() {
 }
 
 int ModelRunner::blocks_that_fit() const {
-  constexpr double kGraphs = 64e6, kGraph = 1e6;  // bytes that captured steps will take, about
   const BackendInfo& info = backend_->info();
   const auto total = static_cast<double>(info.memory_total);
   const auto available = static_cast<double>(backend_->memory_available());
-  const double graphs =
-      info.has_graphs ? kGraphs + kGraph * static_cast<double>(graph_sizes_.size()) : 0.0;
+  const auto graphs = static_cast<double>(graph_bytes(info, graph_sizes_.size()));
   const double budget = config_.memory_fraction * total - (total - available) - graphs;
   const auto block = static_cast<double>(cache_.block_bytes());
   const int longest = max_blocks(config_);
-  check_runtime(
-      budget >= longest * block, "too little memory for the KV cache: ", gigabytes(available),
-      " GB are free, of which ", gigabytes(std::max(budget, 0.0)),
-      " GB may be used, and one sequence of max_model_len (", config_.max_model_len,
-      " tokens) needs ", gigabytes(longest * block),
-      " GB; lower max_model_len or raise gpu_memory_utilization (", config_.memory_fraction, ")");
+  const double fits = std::floor(std::max(budget, 0.0) / block);
+  const std::string lower =
+      fits > 0 ? concat("max_model_len to ", fits * config_.block_size) : "max_model_len";
+  check_runtime(fits >= longest, "too little memory for the KV cache: ", gigabytes(available),
+                " GB are free, of which ", gigabytes(std::max(budget, 0.0)),
+                " GB may be used, and one sequence of max_model_len (", config_.max_model_len,
+                " tokens) needs ", gigabytes(longest * block), " GB; lower ", lower,
+                " or raise gpu_memory_utilization (", config_.memory_fraction, ")");
   const double most = static_cast<double>(longest) * config_.max_num_seqs;
-  return static_cast<int>(std::min({std::floor(budget / block), most, 2e9}));
+  return static_cast<int>(std::min({fits, most, 2e9}));
 }
 
 // Largest first, so that smaller ones find the memory that they need. Twice: the first run of a key

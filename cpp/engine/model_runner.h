@@ -40,9 +40,12 @@ struct RunnerConfig {
 
 struct MemoryPlan {
   size_t weights = 0;  // bytes
-  // Of the largest step, its inputs and outputs (on the host, too) and rotary tables included.
+  // Of the largest step, its inputs and outputs (those on the host, too, where it shares its memory
+  // with the device) and rotary tables included.
   size_t activations = 0;
   size_t kv_block = 0;  // K and V of one block in all layers
+  // What libraries, operators and captured steps take of a card besides; a guess, rather too much.
+  size_t reserve = 0;
 };
 
 // The outcome of a step; valid until the next launch.

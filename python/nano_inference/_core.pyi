@@ -139,8 +139,9 @@ class Engine:
     @staticmethod
     def plan_memory(engine_config: EngineConfig, model_config: ModelConfig) -> dict[str, int]:
         """Bytes, without allocating: weights, activations (of the largest step, its inputs and
-        outputs included), kv_block (all layers, K and V, one block); memory_available, memory_total
-        of the device; block_size (after `paged`)."""
+        outputs included), kv_block (all layers, K and V, one block), reserve (what libraries,
+        operators and captured steps take of a card besides, rather too much); memory_available,
+        memory_total of the device; block_size (after `paged`)."""
     @staticmethod
     def weight_slots(model_config: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Every tensor that must be loaded: name -> shape."""

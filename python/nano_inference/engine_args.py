@@ -528,7 +528,10 @@ def _expected_blocks(config: _core.EngineConfig, sizes: dict[str, int]) -> int:
     room = usable - sizes["weights"] - sizes["activations"]
     block, longest = sizes["kv_block"], _longest(config.max_model_len, sizes)
     if longest * block > room:
-        tokens = max(0, room) // block * sizes["block_size"]
+        # Here the guess is to be too small rather than too large; to refuse, it is not.
+        spare = max(0, room - sizes["reserve"])
+        slots = sizes["block_size"] if config.paged else 16  # unpaged, a block is a sequence
+        tokens = spare * sizes["block_size"] // block // slots * slots
         hint = f"max_model_len={tokens} would fit" if tokens else "take a smaller model"
         raise MemoryError(
             f"{_needs(sizes, longest * block)} (one sequence of max_model_len="

@@ -507,7 +507,7 @@ def test_eos_of_the_tokenizer_stops(tmp_path: Path) -> None:
 def test_a_fork_is_refused_and_not_left_to_hang(model_dir: Path) -> None:
     script = f"""
 import os, sys
-from nano_inference import LLM, SamplingParams, _core, loader
+from nano_inference import LLM, SamplingParams
 llm = LLM({str(model_dir)!r}, use_tqdm_on_load=False)
 request = llm.engine.prepare("abc", SamplingParams())
 pid = os.fork()

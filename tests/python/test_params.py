@@ -626,6 +626,7 @@ CARD = {
     "activations": GB,
     "kv_block": 2 * 10**6,
     "block_size": 16,
+    "reserve": 0,
     "memory_total": 100 * GB,
     "memory_available": 98 * GB,
 }
@@ -792,3 +793,25 @@ def test_what_does_not_fit_on_the_card(
         plan_engine(*on_cuda(model_dir, **options))
     for word in ("does not fit", *words):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("paged", [True, False])
+def test_the_max_model_len_that_would_fit_does(
+    card: dict[str, int], model_dir: Path, monkeypatch: pytest.MonkeyPatch, paged: bool
+) -> None:
+    """Also with all that is taken besides, which is not known before the model is loaded."""
+    token = 10**6  # bytes
+    card["reserve"] = 10**9 - 5
+
+    def plan(config: _core.EngineConfig, _: Any) -> dict[str, int]:
+        slots = 16 if paged else -(-config.max_model_len // 16) * 16
+        return {**card, "block_size": slots, "kv_block": slots * token}
+
+    monkeypatch.setattr(_core.Engine, "plan_memory", staticmethod(plan))
+    card["weights"] = 88 * GB - card["activations"] - card["reserve"] - 1000 * token
+    assert plan_engine(*on_cuda(model_dir, paged=paged, max_model_len=1984))[1].num_tokens >= 1984
+    with pytest.raises(MemoryError, match="max_model_len=992 would fit"):
+        plan_engine(*on_cuda(model_dir, paged=paged))  # 2048 tokens
+    _, fits = plan_engine(*on_cuda(model_dir, paged=paged, max_model_len=992))
+    taken = fits.weights + fits.activations + card["reserve"] + 992 * token
+    assert taken <= 88 * GB < taken + 16 * token
