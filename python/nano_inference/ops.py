@@ -29,6 +29,9 @@ from nano_inference import _core
 
 HEAD_DIMS = (64, 96, 128, 256)  # of attention on a card
 _ROW = 64  # elements; a card's weights have rows that are a multiple of it
+_FP8 = torch.float8_e4m3fn
+_ON_CARD = (torch.bfloat16, torch.float16)  # types of activations, weights, caches
+_ON_CPU = (torch.float32, torch.bfloat16, torch.float16)  # of weights and caches
 
 # -- Checks and the way to the native side --------------------------------------------------------
 
@@ -51,21 +54,21 @@ def _shape(t: Tensor, name: str, *sizes: int | None) -> None:
     _check(good, f"{name} must have the shape [{text}], got {_describe(t)}")
 
 
+def _typed(t: Tensor, name: str, device: torch.device, *types: torch.dtype) -> None:
+    _check(device.type in ("cpu", "cuda"), f"{name} must be on a CPU or a CUDA card")
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
+    _check(
+        t.dtype in types and t.device == device,
+        f"{name} must be {names} on {device}, got {_describe(t)}",
+    )
+
+
 def _activations(t: Tensor, name: str, like: Tensor | None = None) -> None:
     """A matrix of activations with dense rows."""
-    types = (torch.bfloat16, torch.float16) if t.is_cuda else (torch.float32,)
-    _check(t.is_cuda or t.device.type == "cpu", f"{name} must be on a CPU or a CUDA card")
-    _check(
-        t.dtype in types,
-        f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in types)} on "
-        f"{t.device.type}, got {_describe(t)}",
-    )
     if like is not None:
-        _check(
-            t.dtype == like.dtype and t.device == like.device,
-            f"{name} must be {str(like.dtype).removeprefix('torch.')} on {like.device}, "
-            f"got {_describe(t)}",
-        )
+        _typed(t, name, like.device, like.dtype)
+    else:
+        _typed(t, name, t.device, *(_ON_CARD if t.is_cuda else _ON_CPU[:1]))
     _dense_rows(t, name)
 
 
@@ -91,10 +94,7 @@ def _aligned(t: Tensor, name: str, elements: int) -> None:
 def _ints(
     t: Tensor, name: str, dtype: torch.dtype, device: torch.device, *sizes: int | None
 ) -> None:
-    _check(
-        t.dtype == dtype and t.device == device,
-        f"{name} must be {str(dtype).removeprefix('torch.')} on {device}, got {_describe(t)}",
-    )
+    _typed(t, name, device, dtype)
     _shape(t, name, *sizes)
     _check(t.is_contiguous(), f"{name} must be contiguous")
 
@@ -115,36 +115,36 @@ def _float32(t: Tensor | None, name: str, like: Tensor, *sizes: int) -> Tensor |
     return t.detach().to(torch.float32).contiguous()
 
 
-def _caches(k: Tensor, v: Tensor, like: Tensor, k_scale: float, v_scale: float) -> None:
-    types: tuple[torch.dtype, ...]
-    if like.is_cuda:
-        types = (like.dtype, torch.float8_e4m3fn)
-    else:
-        types = (torch.float32, torch.bfloat16, torch.float16)
+def _caches(
+    k: Tensor, v: Tensor, like: Tensor | None = None, k_scale: float = 1.0, v_scale: float = 1.0
+) -> None:
+    """like: the activations that go with them, if there are any."""
+    device = k.device if like is None else like.device
+    on_card = device.type == "cuda"
+    types = _ON_CPU if not on_card else (*(_ON_CARD if like is None else (like.dtype,)), _FP8)
     for name, t in (("k_cache", k), ("v_cache", v)):
         _shape(t, name, None, None, None, None)
-        _check(
-            t.dtype in types and t.device == like.device,
-            f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in types)} on "
-            f"{like.device}, got {_describe(t)}",
-        )
+        _typed(t, name, device, *types)
         _dense_rows(t, name)
         _aligned(t, name, 16 // t.element_size())
     _check(
         k.shape == v.shape and k.dtype == v.dtype and k.stride() == v.stride(),
         f"v_cache must be like k_cache, {_describe(k)}, got {_describe(v)}",
     )
-    if like.is_cuda:
-        _check(
-            k.shape[3] in HEAD_DIMS,
-            f"k_cache: head_dim {k.shape[3]} is not supported on a card; supported are "
-            + ", ".join(map(str, HEAD_DIMS)),
-        )
-        _check(k.shape[2] % 16 == 0, f"k_cache: block_size {k.shape[2]} is no multiple of 16")
+    _check(
+        not on_card or k.shape[3] in HEAD_DIMS,
+        f"k_cache: head_dim {k.shape[3]} is not supported on a card; supported are "
+        + ", ".join(map(str, HEAD_DIMS)),
+    )
+    block_size = k.shape[2]
+    _check(
+        block_size % 16 == 0 or (not on_card and 16 % block_size == 0),
+        f"k_cache: block_size must be a multiple of 16, got {block_size}",
+    )
     _check(k_scale > 0, f"k_scale must be positive, got {k_scale}")
     _check(v_scale > 0, f"v_scale must be positive, got {v_scale}")
     _check(
-        k.dtype == torch.float8_e4m3fn or k_scale == v_scale == 1.0,
+        k.dtype == _FP8 or k_scale == v_scale == 1.0,
         "k_scale and v_scale are for caches of float8_e4m3fn",
     )
 
@@ -159,7 +159,8 @@ atexit.register(_backend.cache_clear)
 
 
 def _run(like: Tensor, call: Callable[[_core.TensorOps], Any]) -> None:
-    """On the card of `like`, in its type, on the caller's stream there."""
+    """On the card of `like`, in its type (bfloat16 where that is neither), on the caller's stream
+    there."""
     if not like.is_cuda:
         return call(_backend("cpu", 0, "float32"))
     dtype = "float16" if like.dtype == torch.float16 else "bfloat16"
@@ -177,15 +178,11 @@ def _maybe(t: Tensor | None) -> Any:
     return None if t is None else _a(t)
 
 
-def _weight(t: Tensor, name: str, x_dtype: torch.dtype, device: torch.device) -> Tensor:
-    """With rows as the backend wants them: where they lie, or on a card padded with zeros."""
+def _weight(t: Tensor, name: str, device: torch.device, *on_card: torch.dtype) -> Tensor:
+    """With rows as the backend wants them: where they lie, or on a card, where it has one of these
+    types, padded with zeros."""
     _shape(t, name, None, None)
-    types = (x_dtype,) if device.type == "cuda" else (torch.float32, torch.bfloat16, torch.float16)
-    _check(
-        t.dtype in types and t.device == device,
-        f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in types)} on {device}, "
-        f"got {_describe(t)}",
-    )
+    _typed(t, name, device, *(on_card if device.type == "cuda" else _ON_CPU))
     _check(t.numel() > 0, f"{name} must not be empty")
     t = t.detach()
     _dense_rows(t, name)
@@ -278,7 +275,7 @@ def add_rms_norm_(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _shape(x, "x", None, None)
     _activations(x, "x")
-    w = _weight(weight, "weight", x.dtype, x.device)
+    w = _weight(weight, "weight", x.device, x.dtype)
     _check(
         w.shape[1] == x.shape[1],
         f"weight must have the shape [any, {x.shape[1]}], got {_describe(weight)}",
@@ -315,11 +312,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @torch.library.custom_op("nano_inference::embedding", mutates_args=())
 def _embedding(token_ids: Tensor, weight: Tensor, scale: float) -> Tensor:
     _ints(token_ids, "token_ids", torch.int32, weight.device, None)
-    _check(
-        not weight.is_cuda or weight.dtype in (torch.bfloat16, torch.float16),
-        f"weight must be bfloat16 or float16 on a card, got {_describe(weight)}",
-    )
-    w = _weight(weight, "weight", weight.dtype, weight.device)
+    w = _weight(weight, "weight", weight.device, *_ON_CARD)
     dtype = w.dtype if w.is_cuda else torch.float32
     out = w.new_empty((token_ids.shape[0], w.shape[1]), dtype=dtype)
     _run(out, lambda o: o.embedding(_a(token_ids), _a(w), scale, _a(out)))
@@ -420,19 +413,9 @@ def new_kv_cache(
     128 or 256."""
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     _check(min(shape) > 0, f"a cache of the shape {list(shape)} is empty")
-    _check(
-        block_size % 16 == 0 or (torch.device(device).type == "cpu" and 16 % block_size == 0),
-        f"block_size must be a multiple of 16, got {block_size}",
-    )
     k = torch.zeros(shape, dtype=dtype, device=device)
     v = torch.zeros(shape, dtype=dtype, device=device)
-    like = torch.empty(0, dtype=dtype, device=device)
-    if k.is_cuda and dtype == torch.float8_e4m3fn:
-        like = like.to(torch.bfloat16)
-    _check(
-        not k.is_cuda or like.dtype in (torch.bfloat16, torch.float16), f"dtype: {dtype} on a card"
-    )
-    _caches(k, v, like, 1.0, 1.0)
+    _caches(k, v)
     return k, v
 
 
@@ -620,17 +603,9 @@ def paged_attention(
 
 @torch.library.custom_op("nano_inference::copy_blocks_", mutates_args=("k_cache", "v_cache"))
 def _copy_blocks_(k_cache: Tensor, v_cache: Tensor, pairs: Tensor) -> None:
-    like = k_cache
-    if k_cache.is_cuda and k_cache.dtype == torch.float8_e4m3fn:
-        like = k_cache.new_empty(0, dtype=torch.bfloat16)
-    elif k_cache.is_cuda:
-        _check(
-            k_cache.dtype in (torch.bfloat16, torch.float16),
-            f"k_cache must be bfloat16, float16 or float8_e4m3fn, got {_describe(k_cache)}",
-        )
-    _caches(k_cache, v_cache, like, 1.0, 1.0)
+    _caches(k_cache, v_cache)
     _host(pairs, "pairs", torch.int32, None, 2)
-    _run(like, lambda o: o.copy_blocks(_a(k_cache), _a(v_cache), _a(pairs)))
+    _run(k_cache, lambda o: o.copy_blocks(_a(k_cache), _a(v_cache), _a(pairs)))
 
 
 @_copy_blocks_.register_fake
@@ -658,10 +633,7 @@ def _sample(
     positions: Tensor,
 ) -> Tensor:
     _shape(logits, "logits", None, None)
-    _check(
-        logits.dtype == torch.float32 and logits.device.type in ("cpu", "cuda"),
-        f"logits must be float32 on a CPU or a CUDA card, got {_describe(logits)}",
-    )
+    _typed(logits, "logits", logits.device, torch.float32)
     rows = logits.shape[0]
     _check(logits.shape[1] > 0, "logits must have columns")
     for name, t, dtype in (
