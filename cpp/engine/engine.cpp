@@ -14,6 +14,15 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// So many that what is kept of them on the device stays below 256 MiB (8 bytes for each of
+// max_logprobs), however many max_logprobs is.
+int max_scored_rows(const EngineConfig& config) {
+  constexpr int64_t kEntries = int64_t{1} << 25;
+  if (!config.enable_chunked_prefill || config.max_logprobs <= 0) return 0;  // any number
+  return static_cast<int>(std::clamp<int64_t>(kEntries / config.max_logprobs, 1,
+                                              std::max(config.max_num_batched_tokens, 1)));
+}
+
 BlockManagerConfig block_config(const EngineConfig& config) {
   BlockManagerConfig out;
   out.num_blocks = config.num_blocks > 0 ? config.num_blocks : 1;  // until it is decided
@@ -27,6 +36,7 @@ SchedulerConfig scheduler_config(const EngineConfig& config, const ModelConfig& 
   out.max_num_seqs = config.max_num_seqs;
   out.max_num_batched_tokens = config.max_num_batched_tokens;
   out.max_model_len = config.max_model_len;
+  out.max_scored_rows = max_scored_rows(config);
   out.max_waiting = config.max_waiting;
   out.vocab_size = model.vocab_size;
   out.max_logprobs = std::min(config.max_logprobs, model.vocab_size);
@@ -82,6 +92,7 @@ RunnerConfig Engine::runner_config(const EngineConfig& config) {
   out.max_model_len = config.max_model_len;
   out.max_num_seqs = config.max_num_seqs;
   out.max_num_batched_tokens = config.max_num_batched_tokens;
+  out.max_scored_rows = max_scored_rows(config);
   out.max_logprobs = config.max_logprobs;
   out.eos_token_ids = config.eos_token_ids;
   return out;

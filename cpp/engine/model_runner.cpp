@@ -15,10 +15,15 @@ bool is_card(const BackendInfo& info) {
   return info.tiling.kv_chunk > 0;
 }
 
+// Rows of a step that score a token of their prompt.
+int max_scored_rows(const RunnerConfig& config) {
+  return config.max_scored_rows > 0 ? config.max_scored_rows : config.max_num_batched_tokens;
+}
+
 // Logits rows of a step: each query row scores or samples, and of a prompt's last row, n choices
 // may be sampled.
 int max_sample_rows(const RunnerConfig& config) {
-  return config.max_num_batched_tokens + config.max_num_seqs;
+  return max_scored_rows(config) + config.max_num_seqs;
 }
 
 // Logits rows computed at a time. It bounds their memory (rows x vocabulary x 4 bytes) when a step
@@ -172,21 +177,22 @@ void ModelRunner::allocate_step_memory() {
   step_data_ = backend_->alloc(slots_[0].batch.capacity());
 }
 
-// As many rows as a step can have, in prompts as long as possible; each row yields logits. They
-// write nothing, and all that they read is block 0.
+// As many rows as a step can have, in prompts as long as possible; as many as can yield logits.
+// They write nothing, and all that they read is block 0.
 void ModelRunner::run_largest_step() {
   auto request = std::make_shared<Request>();
   request->params.prompt_logprobs = 0;
   std::vector<Sequence> prompts(static_cast<size_t>(config_.max_num_seqs));
   StepPlan plan;
-  int left = config_.max_num_batched_tokens;
+  int left = config_.max_num_batched_tokens, left_scored = max_scored_rows(config_);
   for (Sequence& seq : prompts) {
     const int rows = std::min(left, config_.max_model_len);
     if (rows == 0) break;
     left -= rows;
     seq.request = request;
     seq.tokens.assign(static_cast<size_t>(rows), 0);
-    seq.num_prompt = rows;
+    seq.num_prompt = std::min(rows, left_scored);  // the others' tokens are output
+    left_scored -= seq.num_prompt;
     seq.block_table.assign(static_cast<size_t>(max_blocks(config_)), 0);
     plan.items.push_back({&seq, rows, 1, 0, false});
   }
@@ -254,6 +260,7 @@ StepInputs ModelRunner::upload(StepBatch& batch) {
 }
 
 void ModelRunner::compute(const StepInputs& in, int graph_rows) {
+  check_invariant(in.num_logits <= sample_capacity_, "a step has more logits rows than planned");
   // References, because a std::function of anything larger would allocate memory.
   const auto forward = [&] { decoder_->forward(in); };
   backend_->run_step({graph_rows, 0}, std::ref(forward));

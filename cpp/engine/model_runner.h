@@ -32,6 +32,7 @@ struct RunnerConfig {
   int max_model_len = 0;
   int max_num_seqs = 0;
   int max_num_batched_tokens = 0;
+  int max_scored_rows = 0;  // SchedulerConfig
   int max_logprobs = 20;
   std::vector<int32_t> eos_token_ids;
   std::vector<int> graph_sizes;  // numbers of rows to which decode steps are padded; empty: none

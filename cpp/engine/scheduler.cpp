@@ -94,6 +94,8 @@ Scheduler::Scheduler(SchedulerConfig config, BlockManager& blocks)
   check_arg(c.max_waiting >= 0, "max_waiting must be at least 0, got ", c.max_waiting);
   check_arg(c.vocab_size >= 1, "vocab_size must be at least 1, got ", c.vocab_size);
   check_arg(c.max_logprobs >= 0, "max_logprobs must be at least 0, got ", c.max_logprobs);
+  check_arg(c.max_scored_rows == 0 || (c.max_scored_rows > 0 && c.enable_chunked_prefill),
+            "max_scored_rows must be 0, or above with chunked prefill, got ", c.max_scored_rows);
 }
 
 bool Scheduler::RunsBefore::operator()(const Sequence* a, const Sequence* b) const {
@@ -194,7 +196,7 @@ const StepPlan& Scheduler::put_together() {
   plan().admitted.clear();
   plan().resumed.clear();
   plan().preempted.clear();
-  plan().num_tokens = plan().num_decodes = plan().num_samples = 0;
+  plan().num_tokens = plan().num_decodes = plan().num_samples = plan().num_scored = 0;
 
   const int spare_blocks = make_room_for_decodes();
   if (spare_blocks < 0) return plan();
@@ -328,13 +330,22 @@ void Scheduler::schedule_decodes(int spare_blocks) {
 bool Scheduler::schedule_prefill(Sequence& seq) {
   seq.draft_tokens.clear();
   const int pending = seq.num_pending();
-  const int rows = std::min(pending, rows_left());
+  const int rows = std::min(pending, rows_left(seq));
   if (rows == 0 || (rows < pending && !may_be_cut(seq))) return false;
   const int samples = rows == pending ? seats_of(seq) : 0;
   plan().items.push_back({&seq, rows, samples, 0, false});
   plan().num_tokens += rows;
   plan().num_samples += samples;
+  if (seq.request->params.prompt_logprobs >= 0) plan().num_scored += rows;
   return true;
+}
+
+// Rows that are left in this step for a prompt.
+int Scheduler::rows_left(const Sequence& seq) const {
+  const StepPlan& plan = plans_[next_];
+  const int rows = config_.max_num_batched_tokens - plan.num_tokens;
+  const bool is_limited = config_.max_scored_rows > 0 && seq.request->params.prompt_logprobs >= 0;
+  return is_limited ? std::min(rows, config_.max_scored_rows - plan.num_scored) : rows;
 }
 
 bool Scheduler::may_be_cut(const Sequence& seq) const {
@@ -347,7 +358,7 @@ void Scheduler::admit_waiting() {
     Sequence& seq = **waiting_.begin();
     if (is_blocked(seq) || seats_ + seats_of(seq) > config_.max_num_seqs) return;
     // A static batch takes its seats at once, even if its prompts need several steps.
-    if (!config_.static_batching && rows_left() == 0) return;
+    if (!config_.static_batching && rows_left(seq) == 0) return;
     if (!take_blocks(seq)) return;
     waiting_.erase(waiting_.begin());
     start_running(seq);
@@ -376,7 +387,8 @@ bool Scheduler::take_blocks(Sequence& seq) {
   if (reuses) blocks_.take_prefix(seq);
   const bool fits =
       first_blocks(seq) - static_cast<int>(seq.block_table.size()) <= blocks_.num_available();
-  const bool whole = may_be_cut(seq) || config_.static_batching || seq.num_pending() <= rows_left();
+  const bool whole =
+      may_be_cut(seq) || config_.static_batching || seq.num_pending() <= rows_left(seq);
   if (fits && whole) {
     const bool grown = blocks_.grow(seq, seq.num_tokens(), plan().copies);
     check_invariant(grown, "an admitted sequence lacks the blocks that were counted for it");

@@ -30,7 +30,8 @@
 // Preempted, under fcfs: what is before it in the order is a fixed, finite set; everything running
 // comes before everything waiting; and the first of all advances in every step, by a token or by at
 // least R prompt rows. R = B - S + 1 (its own seat is not a decode), or half of that, rounded up,
-// if other sequences have drafts. So its next token comes at the latest after
+// if other sequences have drafts, or max_scored_rows, if that is less and applies. So its next
+// token comes at the latest after
 //   sum over sequences o before it (ceil((prompt_o + max_tokens_o) / R) + max_tokens_o)
 //   + ceil(its tokens / R)  steps.
 //
@@ -69,9 +70,12 @@ enum class SchedulingPolicy : uint8_t { fcfs, priority };
 struct SchedulerConfig {
   int max_num_seqs = 256;             // sequences in a step; a request with n choices takes n seats
   int max_num_batched_tokens = 2048;  // rows in a step; >= max_num_seqs
-  int max_model_len = 2048;           // prompt + output of a sequence; it ends there with `length`
-  int max_waiting = 1024;             // requests never yet admitted; 0: unbounded
-  int vocab_size = 0;                 // for the check of token ids
+  // Rows in a step of prompts that want their log-probabilities; 0: any number. Such prompts are
+  // cut to fit, so it needs chunked prefill.
+  int max_scored_rows = 0;
+  int max_model_len = 2048;  // prompt + output of a sequence; it ends there with `length`
+  int max_waiting = 1024;    // requests never yet admitted; 0: unbounded
+  int vocab_size = 0;        // for the check of token ids
   int max_logprobs = 20;
   SchedulingPolicy policy = SchedulingPolicy::fcfs;
   // false: the rows of a prompt are computed in one step, so it waits until that many are left over
@@ -108,6 +112,7 @@ struct StepPlan {
   int num_tokens = 0;   // rows
   int num_decodes = 0;  // items that decode
   int num_samples = 0;  // <= max_num_seqs + draft tokens
+  int num_scored = 0;   // rows of prompts that want their log-probabilities
   struct Event {
     uint64_t request_id;
     int choice;
@@ -219,7 +224,7 @@ class Scheduler {
   void drop_ended();
 
   int seats_of(const Sequence& seq) const { return seq.forks ? seq.request->params.n : 1; }
-  int rows_left() const { return config_.max_num_batched_tokens - plans_[next_].num_tokens; }
+  int rows_left(const Sequence& seq) const;
   bool is_blocked(const Sequence& seq) const {
     return &seq == blocked_ && blocked_version_ == blocks_.version();
   }

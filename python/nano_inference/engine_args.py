@@ -108,7 +108,9 @@ class EngineArgs(metaclass=NamedFields):
     max_waiting: int | None = None
     """Most requests in the queue; 0: any number; None: 1024 in AsyncLLM, any number in LLM."""
     max_logprobs: int = 20
-    """Largest logprobs and prompt_logprobs of a request; -1: the whole vocabulary."""
+    """Largest logprobs and prompt_logprobs of a request; -1: the whole vocabulary. Memory for the
+    results is taken at the start: with very many, prompt_logprobs are computed in shorter chunks
+    than other prompts, and max_num_seqs decides (8 bytes for each token that may be wanted)."""
     seed: int | None = 0
     """Starts the generator of seeds for requests that have none; None: another one each time."""
     device: str = "auto"
@@ -235,6 +237,7 @@ class EngineArgs(metaclass=NamedFields):
             )
         seqs = self.max_num_seqs or min(defaults.seqs, tokens)
         vocab_size = loaded.model_config.vocab_size
+        all_logprobs = self.max_logprobs == -1
         config = _core.EngineConfig(
             device=target.kind,
             isa=self.isa or "",
@@ -252,7 +255,7 @@ class EngineArgs(metaclass=NamedFields):
             max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
             max_waiting=self.max_waiting or 0,
-            max_logprobs=vocab_size if self.max_logprobs == -1 else self.max_logprobs,
+            max_logprobs=vocab_size if all_logprobs else min(self.max_logprobs, vocab_size),
             eos_token_ids=loaded.generation.eos_token_ids,
             trace_capacity=self.trace_capacity,
             check_invariants=self.check_invariants,

@@ -1012,6 +1012,42 @@ TEST(Scheduler, ValidateNamesTheCulprit) {
   EXPECT_EQ(message_of([&] { h.scheduler.validate(*r); }), "(no error)");
 }
 
+// Rows that score their prompt are limited; other prompts and decodes have the rest.
+TEST(Scheduler, ScoredRowsAreLimited) {
+  for (const bool is_static : {false, true}) {
+    Options o;
+    o.config.max_scored_rows = 8;
+    o.config.static_batching = is_static;
+    Harness h(o);
+    h.add(5, 30);
+    h.step();
+    std::map<uint64_t, int> scored;
+    for (const int prompt : {20, 11}) {
+      auto r = h.request(prompt, 3);
+      r->params.prompt_logprobs = 1;
+      scored[h.add(r)] = 0;
+    }
+    h.add(40, 2);
+    bool all_rows_used = false;
+    while (h.step()) {
+      int rows = 0;
+      for (const ScheduledSequence& item : h.plan->items) {
+        const auto it = scored.find(item.seq->request->id);
+        if (it == scored.end() || item.is_decode) continue;
+        rows += item.num_query;
+        it->second += item.num_query;
+      }
+      EXPECT_EQ(h.plan->num_scored, rows);
+      EXPECT_LE(rows, 8);
+      all_rows_used |= h.plan->num_tokens == 32;
+    }
+    std::vector<int> totals;
+    for (const auto& [id, rows] : scored) totals.push_back(rows);
+    EXPECT_EQ(totals, (std::vector<int>{20, 11}));
+    EXPECT_TRUE(all_rows_used);
+  }
+}
+
 TEST(Scheduler, ConfigIsChecked) {
   using Change = std::function<void(SchedulerConfig&)>;
   const Change changes[] = {
@@ -1021,6 +1057,11 @@ TEST(Scheduler, ConfigIsChecked) {
       [](SchedulerConfig& c) { c.max_waiting = -1; },
       [](SchedulerConfig& c) { c.vocab_size = 0; },
       [](SchedulerConfig& c) { c.max_logprobs = -1; },
+      [](SchedulerConfig& c) { c.max_scored_rows = -1; },
+      [](SchedulerConfig& c) {
+        c.max_scored_rows = 8;
+        c.enable_chunked_prefill = false;
+      },
   };
   for (const Change& change : changes) {
     Options o;

@@ -285,5 +285,45 @@ TEST(LogitsMemory, IsBoundedWhateverThePromptLength) {
   EXPECT_EQ(scored, 500);
 }
 
+// Memory for the results of a step does not follow from max_logprobs times all rows of a prompt:
+// such prompts come in shorter chunks.
+TEST(LogprobsMemory, IsBoundedWhateverMaxLogprobs) {
+  EngineConfig config = tiny_config();
+  config.max_num_seqs = 4;
+  config.max_num_batched_tokens = 8192;
+  config.max_model_len = 256;
+  const GraphBackend card;
+  const auto results = [&](int max_logprobs) {
+    const auto activations = [&](int most) {
+      config.max_logprobs = most;
+      return ModelRunner::plan_memory(card, tiny_model(), Engine::runner_config(config))
+          .activations;
+    };
+    return activations(max_logprobs) - activations(0);
+  };
+  EXPECT_EQ(results(20), size_t{8192 + 4} * 20 * 8);  // all rows
+  constexpr size_t kVocab = 152064;
+  EXPECT_LE(results(kVocab), (size_t{256} << 20) + 4 * kVocab * 8);
+  config.enable_chunked_prefill = false;  // then they cannot
+  EXPECT_EQ(results(4096), size_t{8192 + 4} * 4096 * 8);
+
+  // The step that comes before the cache is sized keeps to it, too, and so do requests.
+  config = tiny_config();
+  config.max_num_seqs = 2;
+  config.max_num_batched_tokens = 64;
+  config.max_logprobs = 1 << 21;  // 16 rows
+  auto engine = make_engine(config, std::make_unique<GraphBackend>());
+  Request r = make_request(1, random_prompt(1, 100), 4);
+  r.params.prompt_logprobs = 0;
+  engine->submit(r);
+  const Results limited = run_all(*engine);
+  config.max_logprobs = 20;
+  engine = make_engine(config);
+  engine->submit(r);
+  const Results free = run_all(*engine);
+  EXPECT_EQ(limited.at({1, 0}).tokens, free.at({1, 0}).tokens);
+  EXPECT_EQ(limited.at({1, 0}).prompt_logprobs.size(), 99u);
+}
+
 }  // namespace
 }  // namespace ni

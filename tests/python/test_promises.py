@@ -548,5 +548,5 @@ def test_prompt_logprobs_need_bounded_memory() -> None:
         plan = _core.Engine.plan_memory(config, tiny_model(vocab_size=vocab))
         return int(plan["activations"])
 
-    for seqs, rows in [(1, 1), (64, 64), (4096, 64)]:
+    for seqs, rows in [(1, 64), (64, 64), (4096, 64)]:
         assert activations(seqs, 40_000) - activations(seqs, 24_000) == rows * 16_000 * 4
