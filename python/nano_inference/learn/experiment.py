@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 Cell = str | int | float
 
 
+class Missing(Exception):
+    """What an experiment needs and this machine has not."""
+
+
 @dataclass
 class Report:
     """What came out."""
@@ -53,8 +57,15 @@ class Result:
     expectation: str
     report: Report
     seconds: float
+    machine: str = ""
+    date: str = ""
     plot: str | None = None
     """Path of the SVG."""
+
+    @property
+    def name(self) -> str:
+        """Of the files that keep it."""
+        return self.experiment.key + ("" if self.device == "cpu" else f"-{self.device}")
 
     def as_dict(self) -> dict[str, Any]:
         e, r = self.experiment, self.report
@@ -63,6 +74,8 @@ class Result:
             "title": e.title,
             "question": e.question,
             "device": self.device,
+            "machine": self.machine,
+            "date": self.date,
             "expectation": self.expectation,
             "columns": list(r.columns),
             "rows": [list(row) for row in r.rows],

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from .. import _core
 from ..bundled import DEFAULT, bundled_model
 from ..config import load_model
-from ..engine_args import EngineArgs, plan_engine
+from ..engine_args import EngineArgs, default_graph_sizes, plan_cache, plan_engine
 from ..loader import load_weights
-from ..random_model import model_config, random_engine
+from ..random_model import LLAMA_3_2_1B, model_config, random_engine
 from ..tokenizer import Tokenizer
 from .work import Work
 
@@ -38,6 +38,8 @@ TINY: dict[str, Any] = {
     "num_kv_heads": 2,
     "head_dim": 16,
 }
+CARD_TINY = TINY | {"head_dim": 64}  # cards have kernels for few head sizes
+TRACE = 100_000  # steps
 Step = dict[str, Any]
 """A record of Engine.trace(); cpp/engine/trace.h says what is in it."""
 
@@ -62,6 +64,8 @@ class Run:
     """Of each request."""
     steps: list[Step]
     seconds: float
+    scored: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Tokens with their log-probabilities, of requests that ask for them (logprobs)."""
 
 
 def _renumbered(record: Step, first: int) -> Step:
@@ -94,6 +98,7 @@ class Bench:
         first, step = self._next_id, 0
         self._next_id += len(requests)
         tokens: list[list[int]] = [[] for _ in requests]
+        scored: list[list[tuple[int, float]]] = [[] for _ in requests]
         waiting = sorted(range(len(requests)), key=lambda i: requests[i].arrival_step)
         began = time.perf_counter()
         while True:
@@ -106,6 +111,9 @@ class Bench:
             worked = self.core.step()
             for output in self.core.wait_outputs(0.0):
                 tokens[output.request_id - first] += output.token_ids
+                scored[output.request_id - first] += [
+                    (one.token_id, one.logprob) for one in output.logprobs
+                ]
                 if output.finish_reason not in ("", "length"):
                     raise RuntimeError(f"request {output.request_id}: {output.error}")
             if not worked and not waiting:
@@ -113,7 +121,7 @@ class Bench:
             step += 1
         seconds = time.perf_counter() - began
         steps = self.core.trace(seen + 1)
-        return Run(tokens, [_renumbered(record, first) for record in steps], seconds)
+        return Run(tokens, [_renumbered(record, first) for record in steps], seconds, scored)
 
     def encode(self, text: str) -> list[int]:
         assert self.tokenizer is not None, "random weights come without a tokenizer"
@@ -148,9 +156,15 @@ class Lab:
         self.expectation = text
         self.say(text)
 
-    def size(self, full: T, small: T) -> T:
-        """`full`, or `small` in a test."""
-        return small if self.small else full
+    @property
+    def on_card(self) -> bool:
+        return self.device == "cuda"
+
+    def size(self, full: T, small: T, card: T | None = None) -> T:
+        """`full`, or `small` in a test, or `card` on a card, which needs more to be busy."""
+        if self.small:
+            return small
+        return card if self.on_card and card is not None else full
 
     def progress(self, items: Iterable[T], what: str) -> Iterator[T]:
         """The items, with a bar on stderr."""
@@ -161,20 +175,31 @@ class Lab:
 
     @property
     def machine(self) -> dict[str, float]:
-        """read_bytes_per_second, flops_per_second of the CPU; measured once, in a second."""
+        """read_bytes_per_second, flops_per_second of the device; measured once, in a second."""
+        if self.on_card:
+            from .card import measured_card
+
+            return measured_card()
         return _measured_machine()
 
     @cached_property
     def model(self) -> _core.ModelConfig:
-        """A shape for engine(): 142 million weights, more than a cache holds; tiny in tests."""
-        return model_config(**self.size(MEDIUM, TINY))
+        """A shape for engine(): 142 million weights, more than a CPU's cache holds; on a card, 1.2
+        billion; tiny in tests."""
+        tiny = CARD_TINY if self.on_card else TINY
+        return model_config(**self.size(MEDIUM, tiny, LLAMA_3_2_1B))
 
     @contextmanager
     def bundled(self, **options: Any) -> Iterator[Bench]:
         """The bundled model, stepped by hand; the options are EngineArgs'."""
         path = bundled_model(DEFAULT)
         assert path is not None
-        args = EngineArgs(model=str(path), **{**self._defaults(), **options})
+        defaults = {"device": self.device, "trace_capacity": TRACE}
+        if (
+            self.on_card
+        ):  # a step is over before the next one begins, so that the trace has its time
+            defaults["async_scheduling"] = False
+        args = EngineArgs(model=str(path), **{**defaults, **options})
         loaded = load_model(
             path, dtype=args.dtype, max_model_len=args.max_model_len, device=args.target.kind
         )
@@ -189,16 +214,22 @@ class Lab:
         """Random bf16 weights in a given shape (random_model.model_config makes one); `config` are
         fields of EngineConfig. Without num_blocks the cache holds what max_num_seqs sequences of
         max_model_len tokens need."""
-        fields = {"max_num_seqs": 32, "max_model_len": 1024, "block_size": 16, "paged": True}
+        fields: dict[str, Any] = {
+            "max_num_seqs": 32,
+            "max_model_len": 1024,
+            "block_size": 16,
+            "paged": True,
+        }
         fields["max_waiting"] = 0
-        fields |= {"enable_prefix_caching": False, **self._defaults(), **config}
+        fields |= {"device": self.device, "trace_capacity": TRACE, "enable_prefix_caching": False}
+        fields |= config
+        if self.on_card:
+            graphs = default_graph_sizes(fields["max_num_seqs"])
+            fields = {"graph_sizes": graphs, "plan_cache": plan_cache(), **fields}
         if "num_blocks" not in fields:
             block = fields["block_size"] if fields["paged"] else fields["max_model_len"]
             fields["num_blocks"] = fields["max_num_seqs"] * -(-fields["max_model_len"] // block)
         yield from _closing(Bench(random_engine(model, **fields), model))
-
-    def _defaults(self) -> dict[str, Any]:
-        return {"device": self.device, "trace_capacity": 100_000}
 
 
 @cache
@@ -214,6 +245,6 @@ def _closing(bench: Bench) -> Iterator[Bench]:
 
 
 def choose_device(name: str) -> str:
-    """auto is the CPU, where every experiment but a few of stage 4 has a meaning. ValueError,
-    saying why, for one that cannot be used here."""
+    """auto is the CPU, which everybody has. ValueError, saying why, for one that cannot be used
+    here."""
     return "cpu" if name == "auto" else EngineArgs(device=name).device

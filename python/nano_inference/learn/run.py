@@ -1,12 +1,15 @@
-"""Running an experiment and keeping its plot."""
+"""Running an experiment and keeping what came out."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from .. import _core
 from ..plot import render
 from .experiment import Experiment, Result
 from .lab import Lab
@@ -25,15 +28,31 @@ def run(
     report = experiment.run(lab)
     if not lab.expectation:
         raise RuntimeError(f"experiment {experiment.key} stated no expectation")
-    return Result(experiment, device, lab.expectation, report, time.perf_counter() - began)
+    seconds, today = time.perf_counter() - began, datetime.date.today().isoformat()
+    return Result(
+        experiment, device, lab.expectation, report, seconds, about_machine(device), today
+    )
 
 
-def write_plot(result: Result, folder: Path) -> Result:
-    """The result with the path of its plot, if it has one."""
-    if not result.report.panels:
-        return result
+def about_machine(device: str) -> str:
+    """In a line, for the reader of a result."""
+    from ..bench.report import machine
+    from ..info import machine_info
+
+    if device == "cuda":
+        return _core.cuda_devices()[0]
+    return f"{machine()['cpu']}, {machine_info(None, None)['device']}"
+
+
+def keep(result: Result, folder: Path) -> Result:
+    """Writes the result (JSON) and its plot (SVG), if it has one; returns it with the plot's
+    path."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result.experiment.key}.svg"
-    title = f"{result.experiment.key}  {result.experiment.title}"
-    path.write_text(render(result.report.panels, title), encoding="utf-8")
-    return replace(result, plot=str(path))
+    if result.report.panels:
+        path = folder / f"{result.name}.svg"
+        title = f"{result.experiment.key}  {result.experiment.title}"
+        path.write_text(render(result.report.panels, title), encoding="utf-8")
+        result = replace(result, plot=str(path))
+    text = json.dumps(result.as_dict(), indent=1, ensure_ascii=False)
+    (folder / f"{result.name}.json").write_text(text + "\n", encoding="utf-8")
+    return result

@@ -178,11 +178,14 @@ def _cumulative(values: Sequence[float]) -> list[tuple[float, float]]:
 
 
 def roofline(lab: Lab) -> Report:
-    lengths = lab.size([4, 16, 64, 256, 512], [4, 32])
+    lengths = lab.size([4, 16, 64, 256, 512], [4, 32], [16, 64, 256, 1024, 8192])
     new, repeats = lab.size((24, 3), (4, 1))
     read, compute = (lab.machine[k] for k in ("read_bytes_per_second", "flops_per_second"))
     balance = compute / read
-    with lab.engine(lab.model, max_num_batched_tokens=max(lengths)) as bench:
+    longest = lengths[-1]
+    with lab.engine(
+        lab.model, max_num_batched_tokens=longest, max_model_len=max(1024, 2 * longest)
+    ) as bench:
         work, context = bench.work, 17
         decode = work.decode_operations(context), work.decode_bytes([context])
         prefill = work.prefill_operations(lengths[-1]), work.decode_bytes([lengths[-1]])
@@ -190,10 +193,10 @@ def roofline(lab: Lab) -> Report:
             f"this machine reads {read / 1e9:.0f} GB and does {compute / 1e9:.0f} billion "
             f"operations a second: {balance:.0f} operations for each byte. Decoding a token reads "
             f"all {work.weight_bytes / 1e6:.0f} MB of weights for {decode[0] / decode[1]:.1f} "
-            f"operations a byte, so memory bounds it: {1e3 * decode[1] / read:.1f} ms. A prompt of "
+            f"operations a byte, so memory bounds it: {1e3 * decode[1] / read:.2g} ms. A prompt of "
             f"{lengths[-1]} tokens reads them once, too, for {prefill[0] / prefill[1]:.0f} "
-            f"operations a byte, so arithmetic bounds it: {1e3 * prefill[0] / compute:.0f} ms, "
-            f"{1e3 * prefill[0] / compute / lengths[-1]:.2f} ms a token."
+            f"operations a byte, so arithmetic bounds it: {1e3 * prefill[0] / compute:.3g} ms, "
+            f"{1e3 * prefill[0] / compute / lengths[-1]:.2g} ms a token."
         )
         run = bench.run([Request(bench.prompt(context - 1), new + 1)])
         measured = [("decode, 1 token", run.steps[1], min(map(_seconds, run.steps[1:])))]
@@ -230,7 +233,7 @@ def roofline(lab: Lab) -> Report:
         f"decoding read {reached[0] / 1e9:.0f} GB/s, {reached[0] / read:.0%} of what the machine "
         f"was measured to read; the prompt of {lengths[-1]} did {reached[1] / 1e9:.0f} GFLOP/s, "
         f"{reached[1] / compute:.0%} of what it computes. A decoded token took "
-        f"{1e3 * per_token[0]:.1f} ms, a token of that prompt {1e3 * per_token[1]:.2f} ms: "
+        f"{1e3 * per_token[0]:.2g} ms, a token of that prompt {1e3 * per_token[1]:.2g} ms: "
         f"{per_token[0] / per_token[1]:.0f} times less.",
         counts,
         [

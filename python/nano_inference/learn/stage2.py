@@ -20,11 +20,14 @@ from .work import Work
 
 
 def batch_size(lab: Lab) -> Report:
-    sizes = lab.size([1, 2, 4, 8, 16, 32, 64], [1, 4])
+    sizes = lab.size([1, 2, 4, 8, 16, 32, 64], [1, 4], [1, 4, 16, 64, 128, 256, 512])
     prompt, new = 16, lab.size(20, 4)
     read, compute = (lab.machine[k] for k in ("read_bytes_per_second", "flops_per_second"))
     context = prompt + new // 2
-    with lab.engine(lab.model, max_num_seqs=max(sizes), max_model_len=128) as bench:
+    room = max(2048, max(sizes) * prompt)
+    with lab.engine(
+        lab.model, max_num_seqs=max(sizes), max_model_len=128, max_num_batched_tokens=room
+    ) as bench:
         work = bench.work
         token = work.decode_operations(context)
         crossing = work.weight_bytes * compute / (read * token)
@@ -35,7 +38,7 @@ def batch_size(lab: Lab) -> Report:
         lab.expect(
             f"a step reads all weights, {work.weight_bytes / 1e6:.0f} MB, whether it makes 1 token "
             f"or {sizes[-1]}. Until about {crossing:.0f} sequences the arithmetic hides behind "
-            f"that reading: a step takes {1e3 * bound(1):.0f} ms at best and every further "
+            f"that reading: a step takes {1e3 * bound(1):.2g} ms at best and every further "
             "sequence is free. Beyond, a step grows with the batch and throughput levels off at "
             f"{compute / token:.0f} tokens a second."
         )
@@ -192,10 +195,11 @@ def _timeline(mode: str, run: Run, seats: int, steps: int) -> Panel:
 
 
 def chunked_prefill(lab: Lab) -> Report:
-    long, running, before, after = lab.size((1024, 4, 8, 40), (96, 2, 3, 16))
-    budgets = lab.size([256, 64], [16])
+    long, running, before, after = lab.size((1024, 4, 8, 40), (96, 2, 3, 16), (8192, 4, 8, 40))
+    budgets = lab.size([256, 64], [16], [2048, 512])
+    room = 2 * max(long, 1024)
     modes: dict[str, dict[str, Any]] = {
-        "whole prompt": {"enable_chunked_prefill": False, "max_num_batched_tokens": 2048}
+        "whole prompt": {"enable_chunked_prefill": False, "max_num_batched_tokens": room}
     }
     # (steps, rows of the largest). Each running answer takes a row of a step; the prompt, the rest.
     expected = {"whole prompt": (1, long + running)}
@@ -209,16 +213,16 @@ def chunked_prefill(lab: Lab) -> Report:
     piece = work.operations(budgets[-1], budgets[-1] * long, running) / compute
     lab.expect(
         f"{running} answers are running when a prompt of {long} tokens comes. Computed whole, it "
-        f"is one step of {long + running} rows, {1e3 * whole:.0f} ms at best, in which nobody else "
+        f"is one step of {long + running} rows, {1e3 * whole:.3g} ms at best, in which nobody else "
         "gets a token. Cut up, no step has more rows than the budget allows, and the running "
         f"answers get a token in each: with {budgets[-1]} rows the prompt takes "
-        f"{expected[last][0]} steps, {1e3 * piece:.0f} ms at best for the dearest. Its own first "
+        f"{expected[last][0]} steps, {1e3 * piece:.2g} ms at best for the dearest. Its own first "
         f"token has {expected[last][0] * running} rows of the others to wait for, "
         f"{expected[last][0] * running / long:.0%} more work."
     )
     seen: dict[str, Stall] = {}
     for mode, how in lab.progress(list(modes.items()), "modes"):
-        with lab.engine(lab.model, max_num_seqs=8, max_model_len=2048, **how) as bench:
+        with lab.engine(lab.model, max_num_seqs=8, max_model_len=room, **how) as bench:
             requests = [Request(bench.prompt(16, i), before + after) for i in range(running)]
             requests.append(Request(bench.prompt(long, 99), 4, before))
             seen[mode] = Stall.of(bench.run(requests).steps, running, before)
@@ -238,10 +242,10 @@ def chunked_prefill(lab: Lab) -> Report:
         ["prefill", "steps of the prompt", "rows of the largest", "its GFLOP"]
         + ["longest gap, ms", "first token of the prompt, ms"],
         rows,
-        f"the running answers stood still for {1e3 * first.longest_gap:.0f} ms with the prompt in "
-        f"one piece, and for {1e3 * second.longest_gap:.0f} ms at most with {budgets[-1]} rows a "
-        f"step; the prompt's own first token came after {1e3 * first.first_token:.0f} and "
-        f"{1e3 * second.first_token:.0f} ms.",
+        f"the running answers stood still for {1e3 * first.longest_gap:.3g} ms with the prompt in "
+        f"one piece, and for {1e3 * second.longest_gap:.2g} ms at most with {budgets[-1]} rows a "
+        f"step; the prompt's own first token came after {1e3 * first.first_token:.3g} and "
+        f"{1e3 * second.first_token:.3g} ms.",
         counts,
         [
             Panel(

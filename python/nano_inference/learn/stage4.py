@@ -11,6 +11,7 @@ import numpy as np
 from .. import _core
 from ..bundled import DEFAULT, bundled_model
 from ..plot import Panel, Points
+from . import stage4_card
 from .by_hand import Decoder, Ops, whole
 from .experiment import Cell, Experiment, Report
 from .kernels import (
@@ -522,4 +523,5 @@ EXPERIMENTS = [
         batches,
         ("cpu",),
     ),
+    *stage4_card.EXPERIMENTS,
 ]

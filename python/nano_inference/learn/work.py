@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import _core
 
-_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
 
 
 @dataclass(frozen=True)
