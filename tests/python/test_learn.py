@@ -7,6 +7,7 @@ import ast
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def test_run_shows_expectation_table_outcome_and_plot(tmp_path: Path) -> None:
     parts = ["1.3  Title 1.3", "Why?", "Expected: two", "| é    |   2 |", "Outcome:  two came"]
     places = [result.stdout.index(part) for part in parts]
     assert places == sorted(places) and result.stdout.index("Title 1.1") > places[-1]
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["1.1.svg", "1.3.svg"]
+    kept = sorted(p.name for p in (tmp_path / "new").iterdir())
+    assert kept == ["1.1.json", "1.1.svg", "1.3.json", "1.3.svg"]
 
 
 @pytest.mark.usefixtures("one_stage")
@@ -93,13 +95,15 @@ def test_json_is_all_that_is_printed(tmp_path: Path) -> None:
     assert found["expectation"] == "two" and found["outcome"] == "two came"
     assert found["columns"] == ["what", "n"] and found["rows"] == [["é", 2], ["b", 10]]
     assert found["counts"] == {"n": 2} and Path(found["plot"]).is_file() and found["seconds"] >= 0
+    assert found["machine"] and re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
+    assert json.loads((tmp_path / "1.1.json").read_text(encoding="utf-8")) == found
 
 
 @pytest.mark.usefixtures("one_stage")
 def test_an_experiment_without_meaning_on_a_device(tmp_path: Path) -> None:
     stage = invoke("1", "--json", "--out", str(tmp_path))
     assert [r["experiment"] for r in json.loads(stage.stdout)] == ["1.1", "1.3"]
-    assert stage.exit_code == 0 and "left out: experiment 1.2" in stage.stderr
+    assert stage.exit_code == 0 and "left out: 1.2: not for cpu" in stage.stderr
     alone = invoke("1.2", "--out", str(tmp_path))
     assert alone.exit_code == 2 and alone.stdout == ""
     assert "1.2" in alone.stderr and "cpu" in alone.stderr and "cuda" in alone.stderr
@@ -372,16 +376,24 @@ def test_the_check_of_references_finds_what_is_gone() -> None:
     ]
 
 
+def on_device(experiments: list[Experiment], device: str) -> list[str]:
+    return [e.key for e in experiments if device in e.devices]
+
+
 @pytest.mark.parametrize("stage", [s.number for s in catalog.STAGES])
 def test_a_stage_has_a_page_with_the_result_and_plot_of_each_experiment(stage: int) -> None:
     (page,) = LEARN.glob(f"{stage}-*.md")
     text = page.read_text(encoding="utf-8")
-    results = {m[1]: m[2] for m in pages.RESULT.finditer(text)}
+    marks = list(pages.RESULT.finditer(text))
     experiments = catalog.find([str(stage)])
-    assert list(results) == [e.key for e in experiments]
-    for e in experiments:
-        assert f"### {e.key} " in text and "**Expected:**" in results[e.key]
-        for image in re.findall(r"\]\((img/[^)]*)\)", results[e.key]):
+    assert [m["key"] for m in marks if not m["device"]] == on_device(experiments, "cpu")
+    on_card = [m["key"] for m in marks if m["device"]]
+    only_there = [e for e in experiments if e.devices == ("cuda",)]
+    assert set(on_device(only_there, "cuda")) <= set(on_card) <= set(on_device(experiments, "cuda"))
+    assert all(f"### {e.key} " in text for e in experiments)
+    for m in marks:
+        assert "**Expected:**" in m["text"] or (m["device"] and m["text"] == pages.PENDING)
+        for image in re.findall(r"\]\((img/[^)]*)\)", m["text"]):
             assert (LEARN / image).read_text(encoding="utf-8").startswith("<svg")
     assert f"nano-inference learn {stage}\n" in text and "arXiv" in text
     assert text.count("<details") == text.count("</details>") == 3
@@ -398,10 +410,30 @@ def test_commands_and_links_of_a_page_lead_somewhere(page: Path) -> None:
 
 
 def test_results_are_written_between_their_marks() -> None:
-    result = runner.run(fake("1.1"))
-    page = "a\n<!-- result 1.1 -->\nold\n<!-- end -->\nb\n<!-- result 1.2 -->\n<!-- end -->\n"
+    result = runner.run(fake("1.1")).as_dict()
+    marks = ("1.1", "1.2", "1.1 cuda")
+    page = "a\n" + "".join(f"<!-- result {m} -->\nold {m}\n<!-- end -->\nb\n" for m in marks)
     filled = pages.fill(page, result)
     assert filled.startswith("a\n<!-- result 1.1 -->\n**Expected:** two\n\n| what |")
-    assert "old" not in filled and "![1.1 Title 1.1](img/1.1.svg)" in filled
-    assert filled.endswith("<!-- end -->\nb\n<!-- result 1.2 -->\n<!-- end -->\n")
+    assert "old 1.1\n" not in filled and "old 1.2" in filled and "old 1.1 cuda" in filled
     assert pages.fill(filled, result) == filled
+    card = pages.fill(filled, result | {"device": "cuda", "machine": "a card"})
+    assert "old 1.1 cuda" not in card and card.count("**Expected:** two") == 2
+    assert re.search(r"<!-- result 1.1 cuda -->\n[^<]*\*a card, ", card)
+
+
+def test_results_of_another_machine_are_taken_from_a_folder(tmp_path: Path) -> None:
+    """With their plots, whatever the folder was called there."""
+    kept, docs = tmp_path / "kept", tmp_path / "docs"
+    (docs / "img").mkdir(parents=True)
+    (docs / "1.md").write_text("<!-- result 1.1 cuda -->\n<!-- end -->\n", encoding="utf-8")
+    for device in ("cpu", "cuda"):
+        result = runner.run(fake("1.1"))
+        runner.keep(replace(result, device=device, machine="far away"), kept)
+    assert {p.name for p in kept.iterdir()} == {
+        f"1.1{device}.{kind}" for device in ("", "-cuda") for kind in ("svg", "json")
+    }
+    pages.write(docs, kept)
+    text = (docs / "1.md").read_text(encoding="utf-8")
+    assert "![1.1 Title 1.1](img/1.1-cuda.svg)" in text and "*far away, " in text
+    assert [p.name for p in (docs / "img").iterdir()] == ["1.1-cuda.svg"]

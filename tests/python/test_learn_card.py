@@ -121,7 +121,7 @@ def test_bits_and_cut_sums() -> None:
 @pytest.mark.usefixtures("no_card")
 def test_prompt_attention() -> None:
     found, _ = report("4.7")
-    for n in (128, 256):
+    for n in (256, 512):
         assert found.counts[f"scores_{n}"] == 2 * 32 * n * n
         assert found.counts[f"error_{n}"] < 1e-5
         assert found.counts[f"held_naive_{n}"] == n * 32 * 128

@@ -26,10 +26,11 @@ from nano_inference.learn.kernels import (
     units_apart,
 )
 from nano_inference.learn.run import run
-from nano_inference.learn.stage4 import EXPERIMENTS
+from nano_inference.learn.stage4 import EXPERIMENTS as ALL
 from nano_inference.loader import load_weights
 from nano_inference.plot import render
 
+EXPERIMENTS = [e for e in ALL if "cpu" in e.devices]
 PATH = bundled_model("nano-5m")
 assert PATH is not None
 

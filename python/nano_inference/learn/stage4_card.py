@@ -34,7 +34,7 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 
 def prompt_attention(lab: Lab) -> Report:
     card.need_torch()
-    lengths = lab.size([512, 1024, 2048, 4096, 8192], [128, 256])
+    lengths = lab.size([512, 1024, 2048, 4096, 8192], [256, 512])
     last, rates = lengths[-1], lab.machine
     scores = score_bytes(HEADS, last)
     passes = NAIVE_PASSES * scores
@@ -195,6 +195,7 @@ def card_fusion(lab: Lab) -> Report:
         "what counts is that a kernel takes some microseconds, however little it does."
     )
     weight = normal(hidden, seed=9)
+    weight32 = weight.float()  # as the engine keeps it
     rows: list[list[Cell]] = []
     counts: dict[str, float] = {"saved_a_row": saved, "counted": 0}
     lines: dict[str, list[tuple[float, float]]] = {"separate": [], "fused": []}
@@ -210,7 +211,7 @@ def card_fusion(lab: Lab) -> Report:
         def fused(
             x: Tensor = x, r: Tensor = residual, both: Tensor = gate_up
         ) -> tuple[Tensor, Tensor]:
-            return ops.add_rms_norm_(x, r, weight, 1e-6), ops.silu_and_mul(both)
+            return ops.add_rms_norm_(x, r, weight32, 1e-6), ops.silu_and_mul(both)
 
         wanted = separate()
         kept = residual.clone()
