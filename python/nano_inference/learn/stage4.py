@@ -34,6 +34,7 @@ from .kernels import (
     units_apart,
 )
 from .lab import Lab
+from .work import Work
 
 OUT, IN = 3072, 1024  # one matrix of a model of half a billion weights
 
@@ -88,7 +89,6 @@ def vectors(lab: Lab) -> Report:
         del weights
     best, last = names[-1], rows_of_x[-1]
     first, many = speed[best, 1] / speed[names[0], 1], speed[best, last] / speed[names[0], last]
-    intensity = [0.3, balance, 4 * dots[0][1][-1][0]]
     return Report(
         ["kernels", "rows", "MB", "MFLOP", "µs", "GB/s", "GFLOP/s", "of the roof"],
         rows,
@@ -98,12 +98,26 @@ def vectors(lab: Lab) -> Report:
         f"{compute / 1e9:.0f} GFLOP/s.",
         counts,
         [
-            Panel("The same product under the roof", "operations for each byte",
-                  "operations a second",
-                  lines=[("the machine's roof", [(i, min(compute, i * read)) for i in intensity])],
-                  dots=dots, x_log=True, y_log=True, wide=True)
+            _under_the_roof(lab, "The same product under the roof", dots)
         ],
     )  # fmt: skip
+
+
+def _under_the_roof(lab: Lab, title: str, dots: list[tuple[str, Points]]) -> Panel:
+    """dots: (operations for each byte, operations a second)."""
+    read, compute = (lab.machine[k] for k in ("read_bytes_per_second", "flops_per_second"))
+    most = max(x for _, points in dots for x, _ in points)
+    edges = sorted([0.3, compute / read, 4 * max(most, compute / read)])
+    return Panel(
+        title,
+        "operations for each byte",
+        "operations a second",
+        lines=[("the machine's roof", [(i, min(compute, i * read)) for i in edges])],
+        dots=dots,
+        x_log=True,
+        y_log=True,
+        wide=True,
+    )
 
 
 # -- 4.2 Packed once ------------------------------------------------------------------------------
@@ -125,8 +139,9 @@ def packed(lab: Lab) -> Report:
     weight = ops.weight(w, "bfloat16", "bfloat16")
     rows: list[list[Cell]] = []
     counts: dict[str, float] = {"stored_bytes": w.nbytes, "packed_bytes": weight.bytes}
-    once: Points = []
-    each: Points = []
+    once: list[tuple[float, float]] = []
+    each: list[tuple[float, float]] = []
+    dots: dict[str, list[tuple[float, float]]] = {"packed once": [], "packed each time": []}
     same = 0
     for n in lab.progress(rows_of_x, "rows"):
         x, y, z = random_matrix(n, features, n), *(np.empty((n, out), np.float32) for _ in "yz")
@@ -139,11 +154,16 @@ def packed(lab: Lab) -> Report:
         same += bool(np.array_equal(y.view(np.uint32), z.view(np.uint32)))
         moved = x.nbytes + y.nbytes
         megabytes = ((weight.bytes + moved) / 1e6, (w.nbytes + 2 * weight.bytes + moved) / 1e6)
-        rows.append([n, *megabytes, a * 1e6, b * 1e6, b / a])
-        once, each = [*once, (n, a * 1e6)], [*each, (n, b * 1e6)]
+        operations = 2.0 * n * out * features
+        rows.append([n, *megabytes, a * 1e6, b * 1e6, operations / a / 1e9, operations / b / 1e9])
+        once.append((n, a * 1e6))
+        each.append((n, b * 1e6))
+        for points, mb, t in zip(dots.values(), megabytes, (a, b), strict=True):
+            points.append((operations / mb / 1e6, operations / t))
     counts |= {"same": same, "sizes": len(rows_of_x)}
     return Report(
-        ["rows", "MB, packed once", "MB, packed each time", "µs, once", "µs, each time", "times"],
+        ["rows", "MB, packed once", "MB, packed each time", "µs, once", "µs, each time"]
+        + ["GFLOP/s, once", "GFLOP/s, each time"],
         rows,
         f"one row took {once[0][1]:.0f} µs of a packed matrix and {each[0][1]:.0f} µs with the "
         f"packing; for {rows_of_x[-1]} rows packing made it {each[-1][1] / once[-1][1]:.1f} times "
@@ -153,7 +173,8 @@ def packed(lab: Lab) -> Report:
         [
             Panel("A product, and a product with packing", "rows", "µs",
                   lines=[("packed once", once), ("packed each time", each)],
-                  x_log=True, y_log=True, wide=True)
+                  x_log=True, y_log=True, wide=True),
+            _under_the_roof(lab, "Both under the roof", list(dots.items())),
         ],
     )  # fmt: skip
 
@@ -189,7 +210,8 @@ def fusion(lab: Lab) -> Report:
     rows: list[list[Cell]] = []
     counts: dict[str, float] = {"layers": layers, "saved_a_token": saved}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
-    same = 0
+    dots: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+    work, same = Work(c), 0
     for n in lab.progress(tokens, "tokens"):
         logits = []
         for name, decoder in decoders.items():
@@ -202,13 +224,15 @@ def fusion(lab: Lab) -> Report:
             t = seconds_of(lambda d=decoder, n=n: d.forward([ids[:n]], [0]), lab.size(0.5, 0.0))  # type: ignore[misc]
             counts |= {f"calls_{name}_{n}": calls, f"bytes_{name}_{n}": moved}
             times[name].append((n, t * 1e3))
-            rows.append([n, name, calls, moved / 1e6, t * 1e3, kinds])
+            operations = work.prefill_operations(n)
+            dots[name].append((operations / moved, operations / t))
+            rows.append([n, name, calls, moved / 1e6, t * 1e3, operations / t / 1e9, kinds])
         same += bool(np.array_equal(logits[0].view(np.uint32), logits[1].view(np.uint32)))
     counts |= {"same": same, "sizes": len(tokens)}
     n = tokens[-1]
     less = counts[f"bytes_separate_{n}"] - counts[f"bytes_fused_{n}"]
     return Report(
-        ["tokens", "operators", "calls", "MB moved", "ms", "calls by kind"],
+        ["tokens", "operators", "calls", "MB moved", "ms", "GFLOP/s", "calls by kind"],
         rows,
         f"{counts[f'calls_separate_{n}']:.0f} calls became {counts[f'calls_fused_{n}']:.0f}; "
         f"{n} tokens moved {less / 1e6:.1f} MB less (expected {saved * n / 1e6:.1f}), "
@@ -217,7 +241,8 @@ def fusion(lab: Lab) -> Report:
         counts,
         [
             Panel("A forward pass", "tokens", "ms", lines=list(times.items()),
-                  x_log=True, y_log=True, wide=True)
+                  x_log=True, y_log=True, wide=True),
+            _under_the_roof(lab, "Both under the roof", list(dots.items())),
         ],
     )  # fmt: skip
 
@@ -241,6 +266,7 @@ def attention(lab: Lab) -> Report:
     counts: dict[str, float] = {}
     times: dict[str, list[tuple[float, float]]] = {"all scores in memory": [], "online": []}
     memory: dict[str, list[tuple[float, float]]] = {name: [] for name in times}
+    dots: dict[str, list[tuple[float, float]]] = {name: [] for name in times}
     for p in lab.progress(prompts, "prompt lengths"):
         online = Online(p)
         plain = materialised(p)
@@ -254,6 +280,7 @@ def attention(lab: Lab) -> Report:
         for name, t, size in zip(times, (a, b), moved, strict=True):
             times[name].append((p.n, t * 1e3))
             memory[name].append((p.n, size / 1e6))
+            dots[name].append((p.operations / size, p.operations / t))
         counts |= {f"error_{p.n}": error, f"scores_{p.n}": 4 * p.heads * p.n**2}
         counts |= {f"peak_materialised_{p.n}": peaks[0], f"peak_online_{p.n}": peaks[1]}
         counts |= {f"bytes_materialised_{p.n}": moved[0], f"bytes_online_{p.n}": moved[1]}
@@ -270,6 +297,7 @@ def attention(lab: Lab) -> Report:
             Panel("Bytes to and from memory", "tokens", "MB", lines=list(memory.items()),
                   x_log=True, y_log=True),
             Panel("Time", "tokens", "ms", lines=list(times.items()), x_log=True, y_log=True),
+            _under_the_roof(lab, "Both under the roof (of bf16)", list(dots.items())),
         ],
     )  # fmt: skip
 
