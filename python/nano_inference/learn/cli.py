@@ -69,7 +69,8 @@ def learn(what: tuple[str, ...], out: Path, device: str, as_json: bool) -> None:
             click.echo(f"left out: experiment {e.key}: {error}\n", err=True)
     if elsewhere:
         keys = ", ".join(e.key for e in elsewhere)
-        click.echo(f"left out: {keys}: not for {device}, see --device", err=True)
+        other = "cuda" if device == "cpu" else "cpu"
+        click.echo(f"left out: {keys} (only with --device {other})", err=True)
     if as_json:
         click.echo(json.dumps([r.as_dict() for r in results], indent=2, ensure_ascii=False))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,7 +42,18 @@ def about_machine(device: str) -> str:
 
     if device == "cuda":
         return _core.cuda_devices()[0]
-    return f"{machine()['cpu']}, {machine_info(None, None)['device']}"
+    return f"{machine()['cpu']}{_generation()}, {machine_info(None, None)['device']}"
+
+
+def _generation() -> str:
+    """Virtual machines call many generations of a processor by one name; their numbers differ."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    found = [re.search(rf"^{key}\s*:\s*(\d+)$", text, re.M) for key in ("cpu family", "model")]
+    family, model = (m[1] if m else "?" for m in found)
+    return f" (family {family}, model {model})"
 
 
 def keep(result: Result, folder: Path) -> Result:
