@@ -93,7 +93,7 @@ def test_split_attention_has_the_bits_of_uncut_attention() -> None:
 
 
 def test_fusion_saves_kernels_and_bytes() -> None:
-    c = counts("4.9")
+    c = counts("4.10")
     for n in (1, 64):
         assert c[f"bytes_separate_{n}"] - c[f"bytes_fused_{n}"] == n * c["saved_a_row"]
         assert c[f"error_{n}"] < 0.02
@@ -102,14 +102,12 @@ def test_fusion_saves_kernels_and_bytes() -> None:
 
 
 def test_a_graph_is_the_same_kernels_in_few_launches() -> None:
-    c = counts("4.10")
+    c = counts("4.9")
     assert c["same"] == c["runs"] == 2
-    if c["counted"] == 4:
-        for batch in (1, 4):
-            assert c[f"kernels_eager_tiny_{batch}"] >= 9 * c["layers_tiny"]
-            assert c[f"kernels_graph_tiny_{batch}"] >= 9 * c["layers_tiny"]
-            assert c[f"calls_eager_tiny_{batch}"] >= 9 * c["layers_tiny"]
-            assert c[f"calls_graph_tiny_{batch}"] <= 4
+    if c["counted"] == 2:
+        assert c["kernels_eager_tiny"] >= 9 * c["layers_tiny"]
+        assert c["kernels_graph_tiny"] >= 9 * c["layers_tiny"]
+        assert c["calls_eager_tiny"] >= 9 * c["layers_tiny"] > 4 >= c["calls_graph_tiny"]
 
 
 def test_an_answer_does_not_depend_on_its_batch_until_it_is_allowed_to() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .experiment import Missing
 
@@ -94,17 +94,13 @@ def _seconds_of_product(n: int) -> float:
 # -- Launches -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Launches:
+class Launches(NamedTuple):
     """What torch's profiler saw. It listens to the driver, so it sees the engine's kernels, too."""
 
     kernels: int
     """That ran on the card."""
     calls: int
     """Of the host to start a kernel or a graph."""
-
-    def __sub__(self, other: Launches) -> Launches:
-        return Launches(self.kernels - other.kernels, self.calls - other.calls)
 
 
 _STARTS = ("cudaLaunch", "cudaGraphLaunch", "cuLaunchKernel", "cuGraphLaunch")

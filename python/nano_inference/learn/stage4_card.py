@@ -3,7 +3,7 @@ that must start every kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..plot import Panel, Points
@@ -172,7 +172,128 @@ def _changed_in_company(keys: Keys, q: Tensor) -> int:
     return other_bits(keys.paged(q)(), both[:1])
 
 
-# -- 4.9 Fusion on a card -------------------------------------------------------------------------
+# -- 4.9 Eager against a captured graph -----------------------------------------------------------
+
+
+def graphs(lab: Lab) -> Report:
+    card.need_torch()
+    shapes: dict[str, dict[str, Any]] = lab.size(
+        {"nano-5m": NANO, "1.2 billion": LLAMA_3_2_1B}, {"tiny": CARD_TINY}
+    )
+    batches, new = lab.size([1, 32], [1, 4]), lab.size(64, 6)
+    read = lab.machine["read_bytes_per_second"]
+    models = {name: model_config(**shape) for name, shape in shapes.items()}
+    layers = {name: len(m.layers) for name, m in models.items()}
+    kernels = ", ".join(f"{9 * n} and a few ({name})" for name, n in layers.items())
+    lab.expect(
+        "a layer is 9 kernels (experiment 4.3 counts them), so a step of decoding is "
+        f"{kernels}. Eagerly, the host starts each: a few microseconds of its time. Captured once "
+        "as a graph, all of them are started together, and a step is 2 launches: the model, and "
+        "the logits with the sampler. It pays where a kernel takes less time than its launch, in "
+        "small models and small batches; where the card has enough to do, the host is ahead of it "
+        "anyway. The bits stay the same: a graph is the same kernels."
+    )
+    rows: list[list[Cell]] = []
+    counts: dict[str, float] = {"same": 0, "runs": 0, "counted": 0}
+    bars: dict[str, list[tuple[float, float]]] = {"eager": [], "graph": []}
+    names: list[str] = []
+    gains: dict[str, float] = {}
+    least: dict[str, float] = {}
+    ways: dict[str, list[int]] = {"eager": [], "graph": batches}
+    options = {"max_num_seqs": max(batches), "max_model_len": 256}
+    answers: dict[tuple[str, int, str], list[Any]] = {}
+    seconds: dict[tuple[str, int, str], float] = {}
+    seen: dict[tuple[str, int, str], Launches | None] = {}
+    runs = [(name, way) for name in models for way in ways]
+    for name, way in lab.progress(runs, "timed"):
+        card.free()
+        with lab.engine(models[name], graph_sizes=ways[way], **options) as bench:
+            least[name] = bench.work.weight_bytes / read
+            for batch in batches:
+                key = name, batch, way
+                answers[key], seconds[key] = _decode(bench, batch, new)
+    # Counting comes last: a profiler that has once been there leaves launches slower.
+    for name, way in lab.progress(runs, "counted"):
+        card.free()
+        with lab.engine(models[name], graph_sizes=ways[way], **options) as bench:
+            seen[name, batches[0], way] = _launches(bench, batches[0])
+    for name in models:
+        counts[f"layers_{name}"] = layers[name]
+        for batch in batches:
+            pair = [(name, batch, way) for way in ways]
+            counts["same"] += answers[pair[0]] == answers[pair[1]]
+            counts["runs"] += 1
+            gains[f"{name}, batch {batch}"] = seconds[pair[0]] / seconds[pair[1]]
+            for key, way in zip(pair, ways, strict=True):
+                bars[way].append((float(len(names)), 1e3 * seconds[key]))
+                launched = seen.get(key)
+                row: list[Cell] = ["", ""] if launched is None else [*launched]
+                row = [name, batch, way, *row, 1e3 * least[name], 1e3 * seconds[key]]
+                rows.append([*row, batch / seconds[key]])
+                if launched is not None:
+                    counts |= {f"kernels_{way}_{name}": launched.kernels}
+                    counts |= {f"calls_{way}_{name}": launched.calls}
+                    counts["counted"] += 1
+            names.append(f"{name}, batch {batch}")
+    return Report(
+        ["model", "batch", "launched", "kernels a step", "launches a step"]
+        + ["weights read, ms", "ms a step", "tokens/s"],
+        rows,
+        "a step as a graph took "
+        + ", ".join(f"{gain:.1f} times less ({what})" for what, gain in gains.items())
+        + f". Tokens and log-probabilities are the same, bit by bit, in {counts['same']:.0f} of "
+        f"{counts['runs']:.0f} comparisons.",
+        counts,
+        [
+            Panel("A step of decoding", "", "ms", bars=list(bars.items()), x_names=names,
+                  wide=True, y_log=False)
+        ],
+    )  # fmt: skip
+
+
+# The bundled model's shape; its weights do not matter here.
+NANO: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_layers": 8,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 64,
+    "qk_norm": False,
+}
+
+
+def _decode(bench: Bench, batch: int, new: int) -> tuple[list[Any], float]:
+    """What the first of `batch` requests got, and seconds of a step."""
+    bench.run(_requests(bench, batch, 4))  # loads what the first step loads
+    run = bench.run(_requests(bench, batch, new))
+    full = [s for s in run.steps if s["num_decodes"] == s["num_tokens"] == batch]
+    return run.scored[0], _median(full)
+
+
+def _requests(bench: Bench, batch: int, new: int) -> list[Request]:
+    return [Request(bench.prompt(16, i), new, sampling={"logprobs": 0}) for i in range(batch)]
+
+
+def _launches(bench: Bench, batch: int) -> Launches | None:
+    """Of a step of decoding: the difference of two runs, one of which has four steps more."""
+    bench.run(_requests(bench, batch, 4))
+    more, less = (
+        card.launches(lambda n=n: bench.run(_requests(bench, batch, n)))  # type: ignore[misc]
+        for n in (6, 2)
+    )
+    if more is None or less is None:
+        return None
+    return Launches((more.kernels - less.kernels) // 4, (more.calls - less.calls) // 4)
+
+
+def _median(steps: Sequence[Step]) -> float:
+    times = sorted(s["end_time"] - s["start_time"] for s in steps)
+    return float(times[len(times) // 2])
+
+
+# -- 4.10 Fusion on a card ------------------------------------------------------------------------
 
 
 def card_fusion(lab: Lab) -> Report:
@@ -223,9 +344,10 @@ def card_fusion(lab: Lab) -> Report:
             "separate": 2 * n * (3 * hidden + 2 * hidden + 2 * inner + 3 * inner),
             "fused": 2 * n * (4 * hidden + 3 * inner),
         }
-        for name, call in (("separate", separate), ("fused", fused)):
-            seen = card.launches(call)
+        calls: dict[str, Callable[[], object]] = {"separate": separate, "fused": fused}
+        for name, call in calls.items():
             t = card.seconds_of(call)
+            seen = card.launches(call)
             residual.zero_()  # it grows with every call
             counts[f"bytes_{name}_{n}"] = moved[name]
             if seen is not None:
@@ -249,112 +371,6 @@ def card_fusion(lab: Lab) -> Report:
                   x_log=True, y_log=True, wide=True)
         ],
     )  # fmt: skip
-
-
-# -- 4.10 Eager against a captured graph ----------------------------------------------------------
-
-
-def graphs(lab: Lab) -> Report:
-    card.need_torch()
-    shapes: dict[str, dict[str, Any]] = lab.size(
-        {"nano-5m": NANO, "1.2 billion": LLAMA_3_2_1B}, {"tiny": CARD_TINY}
-    )
-    batches, new = lab.size([1, 32], [1, 4]), lab.size(64, 6)
-    read = lab.machine["read_bytes_per_second"]
-    models = {name: model_config(**shape) for name, shape in shapes.items()}
-    layers = {name: len(m.layers) for name, m in models.items()}
-    kernels = ", ".join(f"{9 * n} and a few ({name})" for name, n in layers.items())
-    lab.expect(
-        "a layer is 9 kernels (experiment 4.3 counts them), so a step of decoding is "
-        f"{kernels}. Eagerly, the host starts each: a few microseconds of its time. Captured once "
-        "as a graph, all of them are started together, and a step is 2 launches: the model, and "
-        "the logits with the sampler. It pays where a kernel takes less time than its launch, in "
-        "small models and small batches; where the card has enough to do, the host is ahead of it "
-        "anyway. The bits stay the same: a graph is the same kernels."
-    )
-    rows: list[list[Cell]] = []
-    counts: dict[str, float] = {"same": 0, "runs": 0, "counted": 0}
-    bars: dict[str, list[tuple[float, float]]] = {"eager": [], "graph": []}
-    names: list[str] = []
-    gains: dict[str, float] = {}
-    for name, model in lab.progress(list(models.items()), "models"):
-        found: dict[tuple[str, int], tuple[list[Any], float, Launches | None]] = {}
-        for mode, sizes in (("eager", []), ("graph", batches)):
-            card.free()
-            with lab.engine(
-                model, max_num_seqs=max(batches), max_model_len=256, graph_sizes=sizes
-            ) as bench:
-                for batch in batches:
-                    found[mode, batch] = _decode(bench, batch, new)
-                least = bench.work.weight_bytes / read
-        for batch in batches:
-            answers = [found[mode, batch][0] for mode in bars]
-            counts["same"] += answers[0] == answers[1]
-            counts["runs"] += 1
-            for mode, line in bars.items():
-                _, t, seen = found[mode, batch]
-                row: list[Cell] = [name, batch, mode]
-                row += ["", ""] if seen is None else [seen.kernels, seen.calls]
-                rows.append([*row, 1e3 * least, 1e3 * t, batch / t])
-                line.append((float(len(names)), 1e3 * t))
-                if seen is not None:
-                    counts |= {f"kernels_{mode}_{name}_{batch}": seen.kernels}
-                    counts |= {f"calls_{mode}_{name}_{batch}": seen.calls}
-                    counts["counted"] += 1
-            gains[f"{name}, batch {batch}"] = found["eager", batch][1] / found["graph", batch][1]
-            names.append(f"{name}, batch {batch}")
-        counts[f"layers_{name}"] = layers[name]
-    return Report(
-        ["model", "batch", "launched", "kernels a step", "launches a step"]
-        + ["weights read, ms", "ms a step", "tokens/s"],
-        rows,
-        "a step as a graph took "
-        + ", ".join(f"{gain:.1f} times less ({what})" for what, gain in gains.items())
-        + f". Tokens and log-probabilities are the same, bit by bit, in {counts['same']:.0f} of "
-        f"{counts['runs']:.0f} comparisons.",
-        counts,
-        [
-            Panel("A step of decoding", "", "ms", bars=list(bars.items()), x_names=names,
-                  wide=True, y_log=False)
-        ],
-    )  # fmt: skip
-
-
-# The bundled model's shape; its weights do not matter here.
-NANO: dict[str, Any] = {
-    "vocab_size": 2048,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_layers": 8,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 64,
-    "qk_norm": False,
-}
-
-
-def _decode(bench: Bench, batch: int, new: int) -> tuple[list[Any], float, Launches | None]:
-    """What the first of `batch` requests got, seconds of a step, and its launches."""
-    prompts = [bench.prompt(16, i) for i in range(batch)]
-
-    def requests(count: int) -> list[Request]:
-        return [Request(p, count, sampling={"logprobs": 0}) for p in prompts]
-
-    bench.run(requests(4))  # loads what the first step loads
-    run = bench.run(requests(new))
-    full = [s for s in run.steps if s["num_decodes"] == s["num_tokens"] == batch]
-    # The difference of two runs that differ by four steps of decoding.
-    more, less = (card.launches(lambda n=n: bench.run(requests(n))) for n in (6, 2))  # type: ignore[misc]
-    each = None
-    if more is not None and less is not None:
-        difference = more - less
-        each = Launches(difference.kernels // 4, difference.calls // 4)
-    return run.scored[0], _median(full), each
-
-
-def _median(steps: Sequence[Step]) -> float:
-    times = sorted(s["end_time"] - s["start_time"] for s in steps)
-    return float(times[len(times) // 2])
 
 
 # -- 4.11 One request, many batches, on a card ----------------------------------------------------
@@ -594,16 +610,16 @@ EXPERIMENTS = [
     ),
     Experiment(
         "4.9",
-        "Fusion on a card",
-        "What do a kernel and a byte less save on a card?",
-        card_fusion,
+        "Eager or captured",
+        "What does it cost to start a kernel?",
+        graphs,
         ON_CARD,
     ),
     Experiment(
         "4.10",
-        "Eager or captured",
-        "What does it cost to start a kernel?",
-        graphs,
+        "Fusion on a card",
+        "What do a kernel and a byte less save on a card?",
+        card_fusion,
         ON_CARD,
     ),
     Experiment(
