@@ -34,9 +34,10 @@ def need_torch() -> None:
         raise Missing(f"torch {torch.__version__} cannot use the card: install a CUDA build of it")
 
 
-def seconds_of(work: Callable[[], object], repeats: int = 10, rounds: int = 5) -> float:
+def seconds_of(work: Callable[[], object], repeats: int = 3, rounds: int = 12) -> float:
     """Of one call, on the card's own clock; the best of some rounds. The card is kept waiting at
-    first, so that it is never the host, slow in launching, that is measured."""
+    first, so that it is never the host, slow in launching, that is measured; few calls a round, as
+    operators with lists in host memory have four places for them, and then wait for the card."""
     import torch
 
     work()
