@@ -473,8 +473,14 @@ void bench_linear(Bench& b) {
       double skinny = kMissing;
       if (m <= 64)
         skinny = b.timer.us(copies, [&](int64_t i) {
-          linear_skinny(x.data(), k, m, weights[static_cast<size_t>(i)].data, k, k, n, nullptr,
-                        false, DType::bf16, out.data(), DType::bf16, n, b.card, stream);
+          SkinnyArgs a;
+          a.x = x.data();
+          a.rows = m;
+          a.w = weights[static_cast<size_t>(i)].data;
+          a.x_stride = a.w_stride = a.in_features = k;
+          a.out = out.data();
+          a.out_stride = a.out_features = n;
+          linear_skinny(a, b.card, stream);
         });
       const double ours = time_of(invariant), best = time_of(fastest);
       const auto bytes = static_cast<double>(2 * (n * k + m * (n + k)));

@@ -9,14 +9,13 @@
 // While the tensor cores do q K^T of tile i + 1 and P V of tile i for one warpgroup, the other one
 // is at its softmax: they take turns. A CTA reads 32 KB a tile (d = 128), mostly from L2, for
 // 4 * 128 * 64 * 128 operations; tensor cores and exponentials are the bound.
-#include <cuda.h>
-#include <cudaTypedefs.h>
-
 #include <numeric>
 
 #include "cuda/attention.cuh"
 #include "cuda/common.cuh"
 #include "cuda/kernels.h"
+#include "cuda/sm90.cuh"
+#include "cuda/tensor_map.h"
 
 namespace ni::cuda {
 namespace {
@@ -51,35 +50,7 @@ struct PrefillParams {
 constexpr int kComputeWarps = 8;
 constexpr int kTilesPerChunk = kKvChunk / kTile;
 
-// -- Barriers in shared memory --------------------------------------------------------------------
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void arrive_expecting(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done = 0;
-  while (done == 0)
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-}
-// What threads wrote to shared memory becomes visible to TMA and wgmma.
-__device__ __forceinline__ void fence_async_proxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+// -- Rings ----------------------------------------------------------------------------------------
 
 // Addresses in the shared memory of a block, and the barriers of its rings.
 template <int kDim>
@@ -96,18 +67,6 @@ struct Rings {
   __device__ uint32_t v_empty(int stage) const { return barrier(3 * kStages + stage); }
   __device__ uint32_t tail() const { return barrier(4 * kStages); }
   __device__ uint32_t barrier(int i) const { return base + Smem<kDim>::kBarriers + 8 * i; }
-};
-
-// A place in a ring; `phase` is the parity of the barriers' current round.
-struct Place {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
 };
 
 // -- Warpgroup matrix instructions ----------------------------------------------------------------
@@ -256,16 +215,6 @@ __device__ __forceinline__ Item make_item(const AttnParams& p) {
 
 // -- Loading --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int32_t column,
-                                         int32_t slot, int32_t head, int32_t block,
-                                         uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
-      "l"(map), "r"(column), "r"(slot), "r"(head), "r"(block), "r"(barrier)
-      : "memory");
-}
-
 // Slots beyond the context may hold NaN, and 0 * NaN would spread: rows [from, kTile) become zero.
 template <int kDim>
 __device__ __forceinline__ void zero_values(uint32_t v, int32_t from, int lane) {
@@ -290,7 +239,7 @@ __device__ __forceinline__ void load(const PrefillParams& p, const Item& item,
   const bool copies = offset < kTile;
   const uint32_t to = part * kAtomBytes + offset * 128;
   Place place;
-  for (int32_t tile = item.first_tile; tile <= item.last_tile; ++tile, place.advance()) {
+  for (int32_t tile = item.first_tile; tile <= item.last_tile; ++tile, place.advance(kStages)) {
     // A box wholly beyond the context has no block of its own: it brings the last one's again.
     const int32_t token = min(tile * kTile + offset, item.context - 1);
     const int32_t block = copies ? item.blocks[token / p.attn.kv.block_size] : 0;
@@ -489,7 +438,7 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
   wgmma_wait<0>();
   pin(rows.s);
   release(rings.k_empty(k.stage));
-  k.advance();
+  k.advance(kStages);
   softmax<kDim, T, kSoftcap>(rows, p, item, row, item.first_tile, alpha);
   rows.pack();
 
@@ -510,7 +459,7 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
     wgmma_wait<1>();
     pin(rows.s);
     release(rings.k_empty(k.stage));
-    k.advance();
+    k.advance(kStages);
     const bool ends_chunk = (tile + 1) % kTilesPerChunk == 0;
     const float chunk_m[2] = {rows.m[0], rows.m[1]};
     if (ends_chunk) rows.m[0] = rows.m[1] = -INFINITY;
@@ -521,7 +470,7 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
     pin(rows.o);
     pin(rows.s);  // packed only now: P V reads the fragments
     release(rings.v_empty(v.stage));
-    v.advance();
+    v.advance(kStages);
     if (ends_chunk) {
       rows.merge_chunk(chunk_m, p.scale.c);
       rows.clear_chunk();
@@ -586,35 +535,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // A [blocks][kv heads][slots][d] cache, copied in boxes of `box` slots x 64 columns of one head.
 CUtensorMap cache_map(void* data, const KvView& kv, int32_t box) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                cudaEnableDefault, &result),
-               "attention: cuTensorMapEncodeTiled");
-    check_runtime(result == cudaDriverEntryPointSuccess,
-                  "attention: this driver has no cuTensorMapEncodeTiled; CUDA 12.0 or newer has");
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-  }();
-  const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
-  const auto part = [](int32_t n) { return static_cast<cuuint32_t>(n); };
   const int64_t block = kv.block_stride > 0 ? kv.block_stride : kv.block_elements();
-  const cuuint64_t sizes[] = {size(kv.head_dim), size(kv.block_size), size(kv.num_kv_heads),
-                              size(kv.num_blocks)};
-  const cuuint64_t strides[] = {size(2 * int64_t{kv.head_dim}), size(2 * kv.head_elements()),
-                                size(2 * block)};  // bytes
-  const cuuint32_t boxes[] = {part(kAtomCols), part(box), 1, 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = encode(
-      &map,
-      kv.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      4, data, sizes, strides, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  check_runtime(result == CUDA_SUCCESS, "attention: no tensor map of the cache (CUDA error ",
-                static_cast<int>(result), ")");
-  return map;
+  return make_tensor_map(
+      "attention", kv.dtype, data, {kv.head_dim, kv.block_size, kv.num_kv_heads, kv.num_blocks},
+      {2 * int64_t{kv.head_dim}, 2 * kv.head_elements(), 2 * block}, {kAtomCols, box, 1, 1});
 }
 
 template <int kDim, typename T, bool kSoftcap>

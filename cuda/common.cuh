@@ -123,6 +123,14 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
+// Threads of a block that normalises a row of so many vectors; thread t sums vectors t, t +
+// threads, …, then lanes, then warps are summed. Whoever takes such a sum takes it in this order.
+constexpr int kNormThreads = 512;
+__host__ __device__ inline int norm_threads(int vectors) {
+  const int warps = (vectors + 31) / 32;
+  return 32 * (warps < kNormThreads / 32 ? warps : kNormThreads / 32);
+}
+
 // The sum over a block of whole warps, in every thread. `shared`: 33 floats.
 __device__ __forceinline__ float block_sum(float v, float* shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

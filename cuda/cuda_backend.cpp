@@ -320,13 +320,18 @@ void CudaBackend::add_norm(Tensor x, Tensor residual, const NormWeight& w, const
              x.dtype, out.data, out.row_stride, stream_);
 }
 
+bool CudaBackend::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const {
+  return linear_->fuses(w, a, rows);
+}
+
 void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) {
   check_activations(x, x.rows(), w.spec.in_features, "linear: x");
-  check_arg(out.rows() == x.rows() && out.cols() == w.spec.out_features &&
+  const int64_t n = a.gated ? w.spec.out_features / 2 : w.spec.out_features;
+  check_arg(out.rows() == x.rows() && out.cols() == n &&
                 (out.dtype == x.dtype || (out.dtype == DType::f32 && !a.accumulate)),
-            "linear: expected ", dtype_name(x.dtype), " or float32 [", x.rows(), ", ",
-            w.spec.out_features, "] for out, got ", dtype_name(out.dtype), " [", out.rows(), ", ",
-            out.cols(), "]", a.accumulate ? ", and float32 cannot accumulate" : "");
+            "linear: expected ", dtype_name(x.dtype), " or float32 [", x.rows(), ", ", n,
+            "] for out, got ", dtype_name(out.dtype), " [", out.rows(), ", ", out.cols(), "]",
+            a.accumulate ? ", and float32 cannot accumulate" : "");
   if (x.rows() == 0) return;
   linear_->run(x, w, a, out, stream_);
 }

@@ -5,6 +5,7 @@
 // and written once; bound by bandwidth, by the launch where rows are few.
 #include <algorithm>
 
+#include "cuda/activation.cuh"
 #include "cuda/common.cuh"
 #include "cuda/kernels.h"
 
@@ -65,15 +66,6 @@ __global__ void __launch_bounds__(kThreads) embed_kernel(const EmbedParams p) {
   }
 }
 
-template <Activation kAct>
-__device__ __forceinline__ float activate(float x) {
-  if constexpr (kAct == Activation::silu) return x / (1.0f + __expf(-x));
-  if constexpr (kAct == Activation::gelu_tanh)
-    return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-  if constexpr (kAct == Activation::gelu) return 0.5f * x * erfcf(-0.70710678f * x);
-  return x < 0 ? 0.0f : x;  // NaN stays NaN
-}
-
 template <typename T, int V, Activation kAct>
 __global__ void __launch_bounds__(kThreads)
     activation_kernel(const T* x, int64_t x_stride, int64_t rows, int64_t n, bool gated, T* out,
@@ -97,20 +89,6 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < V; ++j) y.v[j] = from_float<T>(activate<kAct>(as_float(gate.v[j])));
     }
     *reinterpret_cast<Vec<T, V>*>(out + row * out_stride + at) = y;
-  }
-}
-
-template <typename F>
-void dispatch_activation(Activation act, const F& f) {
-  switch (act) {
-    case Activation::silu:
-      return f(std::integral_constant<Activation, Activation::silu>{});
-    case Activation::gelu_tanh:
-      return f(std::integral_constant<Activation, Activation::gelu_tanh>{});
-    case Activation::gelu:
-      return f(std::integral_constant<Activation, Activation::gelu>{});
-    case Activation::relu:
-      return f(std::integral_constant<Activation, Activation::relu>{});
   }
 }
 

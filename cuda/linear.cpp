@@ -18,6 +18,7 @@ namespace ni::cuda {
 namespace {
 
 constexpr size_t kWorkspaceBytes = 32 << 20;
+constexpr uint32_t kAlignment = 16;  // bytes, of the rows of x, W and out
 constexpr int kMaxCandidates = 8;
 constexpr int64_t kSmallWeight = 1 << 21;  // elements
 constexpr int64_t kSkinnyRows = 64;        // up to so many, our own kernel is a candidate
@@ -33,6 +34,14 @@ int64_t bucket_of(int64_t rows) {
   for (const int64_t bucket : kBuckets)
     if (rows <= bucket) return bucket;
   return std::end(kBuckets)[-1];  // is_valid() asks for the exact number
+}
+
+// The fewest rows that take the plan of a bucket.
+int64_t least_rows(int64_t bucket) {
+  int64_t before = 0;
+  for (const int64_t b : kBuckets)
+    if (b < bucket) before = b;
+  return before + 1;
 }
 
 cudaDataType_t data_type(DType dtype) {
@@ -99,6 +108,14 @@ struct Problem {
   }
 };
 
+void add_fusion(SkinnyArgs& args, const LinearArgs& a) {
+  args.accumulate = a.accumulate;
+  if (a.norm != nullptr) args.norm = *a.norm;
+  args.norm_eps = a.norm_args.eps;
+  args.gated = a.gated;
+  args.act = a.act;
+}
+
 std::string to_hex(const cublasLtMatmulAlgo_t& algo) {
   std::string text;
   char digits[3];
@@ -130,13 +147,11 @@ struct Linear::Impl {
   void* biases = nullptr;
   std::map<const float*, const void*> bias16;  // of a weight's fp32 bias
   std::map<Key, Plan> plans;
-  std::map<std::pair<Key, int64_t>, bool> valid;  // of a plan with an exact number of rows
+  // Whether a plan runs an exact number of rows, and the strides of x and out.
+  std::map<std::tuple<Key, int64_t, int64_t, int64_t>, bool> valid;
   int num_timed = 0;
 
-  Impl(const Card& c, const Options& o, cudaStream_t s) : card(c), options(o), stream(s) {
-    check_cublas(cublasLtCreate(&handle), "cublasLtCreate");
-    check_cuda(cudaMalloc(&workspace, kWorkspaceBytes), "memory for cuBLASLt");
-  }
+  Impl(const Card& c, const Options& o, cudaStream_t s) : card(c), options(o), stream(s) {}
   Impl(const Impl&) = delete;
   ~Impl() {
     cudaFree(biases);
@@ -149,12 +164,29 @@ struct Linear::Impl {
             w.bias != nullptr,   a.accumulate};
   }
 
+  SkinnyArgs skinny_args(const Tensor& x, const LinearWeight& w, const Tensor& out) const {
+    SkinnyArgs a;
+    a.x = x.data;
+    a.x_stride = x.row_stride;
+    a.rows = x.rows();
+    a.w = w.data;
+    a.w_stride = weight_stride(w.spec.in_features);
+    a.in_features = w.spec.in_features;
+    a.out_features = w.spec.out_features;
+    a.bias = w.bias;
+    a.dtype = options.dtype;
+    a.out = out.data;
+    a.out_dtype = out.dtype;
+    a.out_stride = out.row_stride;
+    return a;
+  }
+
   cublasStatus_t multiply(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
                           const Tensor& out, cudaStream_t on) {
     if (plan.skinny) {
-      linear_skinny(x.data, x.row_stride, x.rows(), w.data, weight_stride(w.spec.in_features),
-                    w.spec.in_features, w.spec.out_features, w.bias, key.accumulate, options.dtype,
-                    out.data, out.dtype, out.row_stride, card, on);
+      SkinnyArgs args = skinny_args(x, w, out);
+      args.accumulate = key.accumulate;
+      linear_skinny(args, card, on);
       return CUBLAS_STATUS_SUCCESS;
     }
     Problem problem = describe(x, w, key, out);
@@ -171,10 +203,26 @@ struct Linear::Impl {
                    options.dtype, bias == bias16.end() ? nullptr : bias->second);
   }
 
+  void create() {
+    check_cublas(cublasLtCreate(&handle), "cublasLtCreate");
+    check_cuda(cudaMalloc(&workspace, kWorkspaceBytes + sizeof(int)), "memory for cuBLASLt");
+  }
+  // Behind what cuBLASLt has: the count of count_differences().
+  int* differences() const {
+    return reinterpret_cast<int*>(static_cast<char*>(workspace) + kWorkspaceBytes);
+  }
+
   // What would not be the same in every plan: an accumulation, which cuBLASLt rounds twice, and a
   // bias that is added to fp32 or that prepare() has not seen.
   bool only_skinny(const LinearWeight& w, const Key& key) const {
     return key.accumulate || (key.bias && (key.f32_out || bias16.find(w.bias) == bias16.end()));
+  }
+
+  // Plans are asked for with, and were compared on, outputs whose rows are 16-byte aligned.
+  bool fits_plans(const Tensor& out) const {
+    const int64_t row_bytes = out.row_stride * static_cast<int64_t>(dtype_size(out.dtype));
+    return reinterpret_cast<uintptr_t>(out.data) % kAlignment == 0 &&
+           (!options.batch_invariant || row_bytes % kAlignment == 0);
   }
 
   std::vector<cublasLtMatmulAlgo_t> candidates(const Tensor& x, const LinearWeight& w,
@@ -187,6 +235,10 @@ struct Linear::Impl {
                    "cublasLtMatmulPreferenceSetAttribute");
     };
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
+    for (const auto operand :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+      set(operand, kAlignment);  // 256 unless told
     if (options.batch_invariant)
       set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t{CUBLASLT_REDUCTION_SCHEME_NONE});
     // Where a product takes no time, neither shall its choice: loading a kernel takes a
@@ -224,7 +276,8 @@ struct Linear::Impl {
   bool is_valid(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
                 const Tensor& out) {
     if (plan.skinny) return true;
-    const auto [it, fresh] = valid.try_emplace({key, x.rows()}, false);
+    const auto [it, fresh] =
+        valid.try_emplace({key, x.rows(), x.row_stride, out.row_stride}, false);
     if (fresh) {
       Problem problem = describe(x, w, key, out);
       cublasLtMatmulHeuristicResult_t result{};
@@ -311,28 +364,29 @@ struct Linear::Impl {
     return ms;
   }
 
-  // Whether the plan gives the canonical bits: those of linear_skinny, in the first and last rows.
+  // Whether the plan gives the canonical bits, those of linear_skinny: at the most, the middle and
+  // the least number of rows that take it, since a kernel might cut what its last wave leaves over.
   bool is_canonical(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
                     const Tensor& out, const Tensor& other) {
     if (plan.skinny) return true;
-    multiply(plan, x, w, key, out, stream);
-    const int64_t rows = std::min<int64_t>(x.rows(), 16);
-    const size_t row_bytes = static_cast<size_t>(key.n) * dtype_size(out.dtype);
-    std::vector<char> a(row_bytes), b(row_bytes);
-    for (const int64_t first : {int64_t{0}, x.rows() - rows}) {
-      multiply(Plan{}, x.rows(first, rows), w, key, other.rows(rows), stream);
-      for (int64_t r = 0; r < rows; ++r) {
-        check_cuda(cudaMemcpyAsync(a.data(), out.rows(first + r, 1).data, row_bytes,
-                                   cudaMemcpyDeviceToHost, stream),
-                   "comparing plans");
-        check_cuda(cudaMemcpyAsync(b.data(), other.rows(r, 1).data, row_bytes,
-                                   cudaMemcpyDeviceToHost, stream),
-                   "comparing plans");
-        check_cuda(cudaStreamSynchronize(stream), "comparing plans");
-        if (a != b) return false;
+    check_cuda(cudaMemsetAsync(differences(), 0, sizeof(int), stream), "comparing plans");
+    const int64_t least = least_rows(key.bucket);
+    for (const int64_t rows : {key.bucket, (least + key.bucket) / 2, least}) {
+      const Tensor these = x.rows(rows), result = out.rows(rows);
+      if (!is_valid(plan, these, w, key, result)) continue;  // run() would not take it
+      if (multiply(plan, these, w, key, result, stream) != CUBLAS_STATUS_SUCCESS) return false;
+      const int64_t count = std::min<int64_t>(rows, 16);
+      for (const int64_t first : {int64_t{0}, rows / 3, rows - rows / 3 - count, rows - count}) {
+        if (first < 0 || first + count > rows) continue;
+        multiply(Plan{}, these.rows(first, count), w, key, other.rows(count), stream);
+        count_differences(result.rows(first, count), other.rows(count), differences(), stream);
       }
     }
-    return true;
+    int found = 0;
+    check_cuda(cudaMemcpyAsync(&found, differences(), sizeof(int), cudaMemcpyDeviceToHost, stream),
+               "comparing plans");
+    check_cuda(cudaStreamSynchronize(stream), "comparing plans");
+    return found == 0;
   }
 
   Plan choose(const Tensor& x, const std::vector<const LinearWeight*>& weights, const Key& key,
@@ -368,7 +422,7 @@ struct Linear::Impl {
     std::replace(name.begin(), name.end(), ' ', '_');
     return concat(name, "/", p.multiProcessorCount, "/driver", driver, "/cublaslt",
                   cublasLtGetVersion(), "/", dtype_name(options.dtype),
-                  options.batch_invariant ? "/invariant" : "/fastest", "/format2");
+                  options.batch_invariant ? "/invariant" : "/fastest", "/format3");
   }
   static std::string text_of(const Key& k) {
     return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);
@@ -520,12 +574,23 @@ void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int6
 }
 
 Linear::Linear(const Card& card, const Options& options, cudaStream_t stream)
-    : impl_(std::make_unique<Impl>(card, options, stream)) {}
+    : impl_(std::make_unique<Impl>(card, options, stream)) {
+  impl_->create();  // if this throws, ~Impl gives back what there is
+}
 
 Linear::~Linear() = default;
 
 void Linear::prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows) {
   impl_->prepare(weights, max_rows);
+}
+
+bool Linear::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const {
+  if (a.norm != nullptr && a.norm_args.kind != NormKind::rms) return false;
+  Tensor x(nullptr, impl_->options.dtype, {rows, w.spec.in_features});
+  x.row_stride = weight_stride(w.spec.in_features);
+  SkinnyArgs args = impl_->skinny_args(x, w, x);
+  add_fusion(args, a);
+  return fuses_skinny(args, impl_->card);
 }
 
 void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
@@ -536,8 +601,16 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
                 x.row_stride >= (x.cols() + align - 1) / align * align,
             "linear: rows of x must be 16-byte aligned, and as far apart as a multiple of ", align,
             " elements; they are ", x.row_stride, " apart");
+  if (a.norm != nullptr || a.gated) {
+    SkinnyArgs args = impl.skinny_args(x, w, out);
+    add_fusion(args, a);
+    check_arg(fuses_skinny(args, impl.card), "linear: no norm or gate with ", x.rows(), " rows of ",
+              x.cols(), " on this card");
+    linear_skinny(args, impl.card, stream);
+    return;
+  }
   const Key key = impl.key_of(w, a, x.rows(), out.dtype == DType::f32);
-  if (impl.only_skinny(w, key)) {
+  if (impl.only_skinny(w, key) || !impl.fits_plans(out)) {
     impl.multiply(Plan{}, x, w, key, out, stream);
     return;
   }

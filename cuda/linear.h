@@ -34,6 +34,8 @@ class Linear {
   // Chooses plans by timing (or takes them from the cache file) and prepares biases. Weights of one
   // shape share plans. The last weight is lm_head: its output is fp32, its rows at most 512.
   void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows);
+  // Whether run() takes the norm and the gate of `a` for so many rows.
+  bool fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const;
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
   void run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
            cudaStream_t stream);
@@ -47,13 +49,32 @@ class Linear {
   std::unique_ptr<Impl> impl_;
 };
 
-// -- linear_skinny.cu -----------------------------------------------------------------------------
-// The kernel for few rows, right for any number of them; in the canonical order (see above).
-// bias: fp32 or null, rounded to `dtype` before it is added, as cuBLASLt's epilogue takes it.
-// out_dtype: dtype or f32. accumulate: out = round(sum + bias + out).
-void linear_skinny(const void* x, int64_t x_stride, int64_t rows, const void* w, int64_t w_stride,
-                   int64_t in_features, int64_t out_features, const float* bias, bool accumulate,
-                   DType dtype, void* out, DType out_dtype, int64_t out_stride, const Card& card,
-                   cudaStream_t stream);
+// -- linear_skinny.cu, linear_skinny_sm90.cu ------------------------------------------------------
+// y[rows, out_features] = x W^T + bias, in the canonical order (see above); right for any number of
+// rows, made for few.
+struct SkinnyArgs {
+  const void* x = nullptr;
+  int64_t x_stride = 0, rows = 0;
+  const void* w = nullptr;
+  int64_t w_stride = 0, in_features = 0, out_features = 0;
+  const float* bias = nullptr;  // rounded to `dtype` before it is added, like cuBLASLt's epilogue
+  DType dtype = DType::bf16;    // of x and W
+  void* out = nullptr;
+  DType out_dtype = DType::bf16;  // dtype, or f32 (then none of what follows)
+  int64_t out_stride = 0;
+  bool accumulate = false;  // out = round(out + round(y))
+  // Where fuses_skinny() says so:
+  NormWeight norm;  // RMSNorm of x first; no weight: none
+  float norm_eps = 0;
+  bool gated = false;  // out[rows, out_features / 2] = act(y[:, : half]) * y[:, half :]
+  Activation act = Activation::silu;
+};
+void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
+// Hopper's, for weights whose stride is a multiple of 64.
+void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
+bool fuses_skinny(const SkinnyArgs& a, const Card& card);
+
+// Adds to *count the number of elements of a and b (same type and shape) with different bits.
+void count_differences(const Tensor& a, const Tensor& b, int* count, cudaStream_t stream);
 
 }  // namespace ni::cuda

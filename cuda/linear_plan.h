@@ -6,6 +6,8 @@
 
 namespace ni::cuda {
 
+// -- linear_skinny.cu -----------------------------------------------------------------------------
+
 // A CTA multiplies `rows` rows of x with strips of 8 weight rows, one a warp; both come in stages
 // of some columns through a ring in shared memory.
 struct SkinnyPlan {
@@ -25,6 +27,9 @@ inline constexpr int skinny_stage_k(int rows) {
 inline constexpr int skinny_row_bytes(int rows) {
   return skinny_stage_k(rows) * 2 + 32;
 }
+inline constexpr int skinny_rows(int64_t m) {
+  return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
+}
 
 // As few warps a CTA as spread the strips evenly over the multiprocessors, as many as keep the
 // reading of x, which every CTA repeats, small.
@@ -32,7 +37,7 @@ inline constexpr SkinnyPlan plan_skinny(int64_t m, int64_t n, int num_sms, int m
                                         int smem_per_sm) {
   SkinnyPlan best;
   double best_cost = 1e300;
-  const int rows = m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
+  const int rows = skinny_rows(m);
   const int64_t strips = (n + 7) / 8, row_blocks = (m + rows - 1) / rows;
   for (int warps = 1; warps <= 8; warps *= 2) {
     const int64_t ctas = (strips + warps - 1) / warps * row_blocks;
@@ -49,6 +54,77 @@ inline constexpr SkinnyPlan plan_skinny(int64_t m, int64_t n, int num_sms, int m
       best = {rows, warps, stages, stages * stage};
     }
   }
+  return best;
+}
+
+// -- linear_skinny_sm90.cu ------------------------------------------------------------------------
+
+// A CTA a multiprocessor goes through tiles of warps * strips strips of 8 weight rows, a warp
+// computes `strips` of them. A stage of the ring is `atoms` times 64 columns (128 bytes) of the
+// tile's rows and of x; or x stands in shared memory as a whole, normalised there.
+struct SkinnySm90Plan {
+  int rows = 0;    // of x: 8, 16, 32 or 64
+  int warps = 0;   // that compute; one more copies
+  int strips = 0;  // of a warp: 1, 2 or 4
+  int atoms = 0;   // 1, 2 or 4
+  int stages = 0;
+  int ctas = 0;     // a row block
+  int x_bytes = 0;  // of x as a whole, with its norm's weights and sums
+  int smem = 0;     // bytes of dynamic shared memory
+  int tile = 0;     // warps * strips
+  int stage_bytes = 0;
+
+  int64_t tiles(int64_t n) const { return (n + 8 * tile - 1) / (8 * tile); }
+};
+
+inline constexpr int kSkinnySm90MaxStages = 16;
+inline constexpr int kSkinnyAlign = 1024;  // of a swizzled box
+
+// Bytes of x as a whole: rows of 64-column atoms, fp32 weights of the norm, sums of 16 warps a row.
+inline constexpr int64_t skinny_x_bytes(int64_t rows, int64_t k) {
+  const int64_t columns = (k + 63) / 64 * 64;
+  return columns * rows * 2 + columns * 4 + rows * 64;
+}
+
+// `gated`: a tile holds as many strips of the gate's rows as of the other half's. Half of a
+// multiprocessor's shared memory, if that will do, so that the next kernel's ring fills beside.
+inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, bool gated,
+                                       int num_sms, int max_smem, int smem_per_sm) {
+  SkinnySm90Plan best;
+  double best_cost = 1e300;
+  best.rows = skinny_rows(m);
+  const int64_t strips = (n + 7) / 8;
+  for (int per_warp = 1; per_warp <= (best.rows <= 16 ? 4 : 2); per_warp *= 2) {
+    if (gated && per_warp == 1) continue;
+    for (int warps = 8; warps >= 1; --warps) {
+      const int tile = warps * per_warp;
+      const int64_t tiles = (strips + tile - 1) / tile;
+      const auto rounds = static_cast<int>((tiles + num_sms - 1) / num_sms);
+      // Of the busiest multiprocessor: rows of weights, of x (from the L2 cache, read once a
+      // round), and what a round costs to begin.
+      const double x_rows = norm ? 0 : 0.5 * static_cast<double>(std::min<int64_t>(m, best.rows));
+      const double cost = rounds * (8.0 * tile + x_rows + 2);
+      if (cost < best_cost * 0.99) {
+        best_cost = cost;
+        best.warps = warps;
+        best.strips = per_warp;
+        best.ctas = static_cast<int>(std::min<int64_t>(tiles, num_sms));
+      }
+    }
+  }
+  best.tile = best.warps * best.strips;
+  best.x_bytes = norm ? static_cast<int>(skinny_x_bytes(std::min<int64_t>(m, best.rows), k)) : 0;
+  const int fixed = best.x_bytes + 2 * 8 * kSkinnySm90MaxStages + kSkinnyAlign;
+  const int half = smem_per_sm / 2 - 1024 - fixed, whole = max_smem - fixed;
+  constexpr int kEnough = 56 * 1024;  // bytes in flight, of a multiprocessor
+  const int ring = half >= kEnough ? half : std::min(whole, kEnough);
+  const int atom_bytes = best.tile * 1024 + (norm ? 0 : best.rows * 128);
+  best.atoms = 4;
+  while (best.atoms > 1 && (ring / (best.atoms * atom_bytes) < 6 || (k + 63) / 64 < 2 * best.atoms))
+    best.atoms /= 2;
+  best.stage_bytes = best.atoms * atom_bytes;
+  best.stages = std::min(ring / best.stage_bytes, kSkinnySm90MaxStages);
+  best.smem = best.stages * best.stage_bytes + fixed;
   return best;
 }
 

@@ -13,7 +13,7 @@
 namespace ni::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = kNormThreads;
 
 struct NormParams {
   const void* x;
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormParams p) {
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       h[k][j] = as_float(e.v[j]);
-      sum += kLayer ? h[k][j] : h[k][j] * h[k][j];
+      sum = kLayer ? sum + h[k][j] : __fmaf_rn(h[k][j], h[k][j], sum);
     }
   }
   sum = block_sum(sum, shared);
@@ -103,7 +103,7 @@ void launch_norm(const NormParams& p, NormKind kind, int64_t rows, int threads,
 template <typename T, int V>
 void launch_items(const NormParams& p, NormKind kind, int64_t rows, cudaStream_t stream) {
   const int vectors = p.n / V;
-  const int threads = std::min(kMaxThreads, (vectors + 31) / 32 * 32);
+  const int threads = norm_threads(vectors);
   const int items = (vectors + threads - 1) / threads;
   if (items <= 1) {
     launch_norm<T, V, 1>(p, kind, rows, threads, stream);

@@ -99,6 +99,10 @@ class Backend {
   // residual[T, n] += x[T, n]; out = norm(residual)
   virtual void add_norm(Tensor x, Tensor residual, const NormWeight& w, const NormArgs& a,
                         Tensor out) = 0;
+  // Whether linear() takes the norm and the gate of `a` for so many rows of w.
+  virtual bool fuses(const LinearWeight& /*w*/, const LinearArgs& /*a*/, int64_t /*rows*/) const {
+    return false;
+  }
   // out[M, out_features] (fp32 or activation dtype) = x[M, in_features] W^T + bias
   virtual void linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) = 0;
   // qkv[T, (heads + 2 kv_heads) * head_dim]: q and k are normalised and rotated, q in place; k and

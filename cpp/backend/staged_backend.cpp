@@ -305,20 +305,31 @@ void StagedBackend::add_norm(Tensor x, Tensor residual, const NormWeight& w, con
   });
 }
 
+bool StagedBackend::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const {
+  return inner_->fuses(w, a, rows);
+}
+
 void StagedBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) {
   check_host(x, "linear: x");
   check_arg(x.cols() == w.spec.in_features && out.rank >= 1 && out.rows() == x.rows() &&
-                out.cols() == w.spec.out_features,
+                out.cols() == w.spec.out_features / (a.gated ? 2 : 1),
             "linear: x or out does not fit a weight [", w.spec.out_features, ", ",
             w.spec.in_features, "]");
   Call call(*this, "linear");
   const size_t from = call.input(x, "linear: x");
   const size_t to = call.output(out, "linear: out", a.accumulate);
   const size_t bias = call.array(w.bias, w.spec.out_features);
+  const NormWeight none;
+  const NormWeight& norm = a.norm != nullptr ? *a.norm : none;
+  const size_t norm_weight = call.array(norm.weight, x.cols());
+  const size_t norm_bias = call.array(norm.bias, x.cols());
   call.place();
   LinearWeight there = w;
   there.bias = call.pointer<float>(bias);
-  call.run([&](Backend& inner) { inner.linear(call.tensor(from), there, a, call.tensor(to)); });
+  const NormWeight norm_there{call.pointer<float>(norm_weight), call.pointer<float>(norm_bias)};
+  LinearArgs args = a;
+  if (a.norm != nullptr) args.norm = &norm_there;
+  call.run([&](Backend& inner) { inner.linear(call.tensor(from), there, args, call.tensor(to)); });
 }
 
 void StagedBackend::rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs& a,

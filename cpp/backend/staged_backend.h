@@ -49,6 +49,7 @@ class StagedBackend final : public Backend {
   void norm(Tensor x, const NormWeight& w, const NormArgs& a, Tensor out) override;
   void add_norm(Tensor x, Tensor residual, const NormWeight& w, const NormArgs& a,
                 Tensor out) override;
+  bool fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const override;
   void linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) override;
   void rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs& a,
                      const KvView& kv) override;

@@ -1,5 +1,6 @@
 #include "model/decoder.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace ni {
@@ -50,36 +51,61 @@ void Decoder::forward(const StepInputs& in) {
   EmbedArgs embed;
   if (config_.learned_positions) embed.positions = &weights_.positions;
   backend_.embed(in, weights_.embed, embed, acts_.residual.rows(t));
-  backend_.norm(acts_.residual.rows(t), weights_.layers[0].attn_norm, norm_args_,
-                acts_.normed.rows(t));
-  for (size_t i = 0; i < weights_.layers.size(); ++i) layer(i, in);
+  const bool fused = fuses(t);
+  if (!fused)
+    backend_.norm(acts_.residual.rows(t), weights_.layers[0].attn_norm, norm_args_,
+                  acts_.normed.rows(t));
+  for (size_t i = 0; i < weights_.layers.size(); ++i) layer(i, in, fused);
+  if (fused)
+    backend_.norm(acts_.residual.rows(t), weights_.final_norm, norm_args_, acts_.normed.rows(t));
 }
 
-// Pre-norm block. `normed` holds the normalised residual on entry and, for the next block, on exit:
-// the add and the norm that follows it are one operator.
-void Decoder::layer(size_t index, const StepInputs& in) {
+LinearArgs Decoder::qkv_args(const LayerWeights& w) const {
+  LinearArgs a;
+  a.norm = &w.attn_norm;
+  a.norm_args = norm_args_;
+  return a;
+}
+
+LinearArgs Decoder::gate_up_args(const LayerWeights& w) const {
+  LinearArgs a;
+  a.norm = &w.mlp_norm;
+  a.norm_args = norm_args_;
+  a.gated = true;
+  a.act = config_.act;
+  return a;
+}
+
+bool Decoder::fuses(int64_t rows) const {
+  return config_.gated_mlp &&
+         std::all_of(weights_.layers.begin(), weights_.layers.end(), [&](const LayerWeights& w) {
+           return backend_.fuses(w.qkv, qkv_args(w), rows) &&
+                  backend_.fuses(w.gate_up, gate_up_args(w), rows);
+         });
+}
+
+// Pre-norm block. Many rows: `normed` holds the normalised residual on entry and, for the next
+// block, on exit; the add and the norm that follows it are one operator. Few rows (fused): norm,
+// gate and add are parts of the products, and only the residual goes from block to block.
+void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   const int64_t t = in.num_tokens;
   const LayerWeights& w = weights_.layers[index];
-  const LayerConfig& c = config_.layers[index];
-  const KvView kv = cache_.layer(index);
   const Tensor residual = acts_.residual.rows(t), normed = acts_.normed.rows(t);
-  const Tensor delta = acts_.delta.rows(t), qkv = acts_.qkv.rows(t), attn = acts_.attn.rows(t);
+  const Tensor delta = acts_.delta.rows(t), attn = acts_.attn.rows(t);
   const Tensor gate_up = acts_.gate_up.rows(t), act = acts_.act.rows(t);
+  LinearArgs add;
+  add.accumulate = true;
 
-  backend_.linear(normed, w.qkv, {}, qkv);
-  if (in.num_copies > 0) backend_.copy_blocks(in, kv);
-  RopeArgs rope = ropes_.args(c.rope);
-  rope.q_norm = w.q_norm;
-  rope.k_norm = w.k_norm;
-  rope.norm_eps = config_.norm_eps;
-  backend_.rope_kv_write(qkv, in, rope, kv);
-  AttnArgs attention;
-  attention.num_heads = config_.num_heads;
-  attention.scale = config_.attn_scale != 0.0f
-                        ? config_.attn_scale
-                        : 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
-  attention.window = c.window;
-  backend_.attention(qkv, in, attention, kv, attn);
+  if (fused) {
+    backend_.linear(residual, w.qkv, qkv_args(w), acts_.qkv.rows(t));
+    attention(index, in);
+    backend_.linear(attn, w.o, add, residual);
+    backend_.linear(residual, w.gate_up, gate_up_args(w), act);
+    backend_.linear(act, w.down, add, residual);
+    return;
+  }
+  backend_.linear(normed, w.qkv, {}, acts_.qkv.rows(t));
+  attention(index, in);
   backend_.linear(attn, w.o, {}, delta);
   backend_.add_norm(delta, residual, w.mlp_norm, norm_args_, normed);
 
@@ -89,6 +115,27 @@ void Decoder::layer(size_t index, const StepInputs& in) {
   const bool is_last = index + 1 == weights_.layers.size();
   const NormWeight& next = is_last ? weights_.final_norm : weights_.layers[index + 1].attn_norm;
   backend_.add_norm(delta, residual, next, norm_args_, normed);
+}
+
+// attn = attention of qkv, whose K and V go into the cache.
+void Decoder::attention(size_t index, const StepInputs& in) {
+  const int64_t t = in.num_tokens;
+  const LayerWeights& w = weights_.layers[index];
+  const LayerConfig& c = config_.layers[index];
+  const KvView kv = cache_.layer(index);
+  const Tensor qkv = acts_.qkv.rows(t);
+  if (in.num_copies > 0) backend_.copy_blocks(in, kv);
+  RopeArgs rope = ropes_.args(c.rope);
+  rope.q_norm = w.q_norm;
+  rope.k_norm = w.k_norm;
+  rope.norm_eps = config_.norm_eps;
+  backend_.rope_kv_write(qkv, in, rope, kv);
+  AttnArgs a;
+  a.num_heads = config_.num_heads;
+  a.scale = config_.attn_scale != 0.0f ? config_.attn_scale
+                                       : 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+  a.window = c.window;
+  backend_.attention(qkv, in, a, kv, acts_.attn.rows(t));
 }
 
 Tensor Decoder::logits(const StepInputs& in, int first, int count) {

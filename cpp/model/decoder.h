@@ -43,7 +43,12 @@ class Decoder {
   Tensor logits(const StepInputs& in, int first, int count);
 
  private:
-  void layer(size_t index, const StepInputs& in);
+  // Whether the backend takes norms and gates as parts of the products, for so many rows.
+  bool fuses(int64_t rows) const;
+  LinearArgs qkv_args(const LayerWeights& w) const;
+  LinearArgs gate_up_args(const LayerWeights& w) const;
+  void layer(size_t index, const StepInputs& in, bool fused);
+  void attention(size_t index, const StepInputs& in);
 
   const ModelConfig& config_;
   const Weights& weights_;

@@ -1,0 +1,120 @@
+// Launch configurations of linear_skinny on every card it is made for, without a card.
+#include "../../cuda/linear_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace ni::cuda {
+namespace {
+
+struct CardSizes {
+  int sms, max_smem, smem_per_sm;
+  int in_flight;  // bytes that hide the latency of its memory, of a multiprocessor
+};
+constexpr CardSizes kCards[] = {
+    {108, 163 * 1024, 164 * 1024, 32 * 1024},  // sm_80
+    {84, 99 * 1024, 100 * 1024, 16 * 1024},    // sm_86
+    {128, 99 * 1024, 100 * 1024, 16 * 1024},   // sm_89
+    {132, 227 * 1024, 228 * 1024, 32 * 1024},  // sm_90
+};
+
+template <typename F>
+void for_each_case(const F& f) {
+  for (const CardSizes& card : kCards)
+    for (const int64_t m : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 500, 8192})
+      for (const int64_t n : {1, 8, 1000, 1024, 4096, 6144, 28672, 151936})
+        f(card, m, n, plan_skinny(m, n, card.sms, card.max_smem, card.smem_per_sm));
+}
+
+TEST(LinearPlan, FitsEveryCard) {
+  for_each_case([](const CardSizes& card, int64_t m, int64_t n, const SkinnyPlan& p) {
+    ASSERT_GT(p.rows, 0) << m << " x " << n;
+    EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
+    EXPECT_LE(p.rows, std::max<int64_t>(8, 2 * m));  // no more than twice as many as there are
+    EXPECT_TRUE(p.warps == 1 || p.warps == 2 || p.warps == 4 || p.warps == 8);
+    EXPECT_GE(p.stages, 2);  // one comes while another is multiplied
+    EXPECT_LE(p.stages, kSkinnyMaxStages);
+    EXPECT_EQ(p.smem, p.stages * (p.rows + 8 * p.warps) * skinny_row_bytes(p.rows));
+    EXPECT_LE(p.smem, card.max_smem);
+  });
+}
+
+// Rows of a stage start at different banks and 16-byte boundaries, and a stage is whole groups.
+TEST(LinearPlan, LayoutOfAStage) {
+  for (const int rows : {8, 16, 32, 64}) {
+    EXPECT_EQ(skinny_stage_k(rows) % 16, 0);
+    EXPECT_EQ(skinny_row_bytes(rows) % 16, 0);
+    EXPECT_EQ(skinny_row_bytes(rows) % 128, 32);
+  }
+}
+
+TEST(LinearPlan, SpreadsFewStripsOverTheCard) {
+  const SkinnyPlan p = plan_skinny(1, 1024, 132, 227 * 1024, 228 * 1024);  // 128 strips
+  EXPECT_EQ(p.warps, 1);
+  EXPECT_GE((p.stages - 1) * 8 * skinny_stage_k(p.rows) * 2, 24 * 1024);  // bytes in flight
+}
+
+TEST(LinearPlan, KeepsBytesInFlight) {
+  for (const CardSizes& card : kCards)
+    for (const int64_t m : {1, 8, 16})
+      for (const int64_t n : {4096, 6144, 28672, 151936}) {
+        const SkinnyPlan p = plan_skinny(m, n, card.sms, card.max_smem, card.smem_per_sm);
+        const int64_t ctas = ((n + 7) / 8 + p.warps - 1) / p.warps;
+        const int64_t of_sm = (ctas + card.sms - 1) / card.sms;
+        const int64_t resident = std::min<int64_t>(of_sm, card.smem_per_sm / (p.smem + 1024));
+        EXPECT_GE(resident * (p.stages - 1) * 8 * p.warps * skinny_stage_k(p.rows) * 2,
+                  card.in_flight)
+            << m << " x " << n << " on " << card.sms;
+      }
+}
+
+// -- linear_skinny_sm90 ---------------------------------------------------------------------------
+
+TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
+  for (const bool norm : {false, true})
+    for (const bool gated : {false, true})
+      for (const int64_t m : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 500})
+        for (const int64_t n : {16, 1008, 1024, 4096, 6144, 28672, 151936})
+          for (const int64_t k : {64, 200, 1024, 2048, 4096, 14336}) {
+            if (norm && (m > 16 || m * k * 2 > 64 * 1024)) continue;
+            const auto p = plan_skinny_sm90(m, n, k, norm, gated, 132, 227 * 1024, 228 * 1024);
+            EXPECT_GE(p.stages, 2);
+            EXPECT_LE(p.stages, kSkinnySm90MaxStages);
+            EXPECT_LE(p.smem, 227 * 1024);
+            EXPECT_GE(p.smem, p.stages * p.stage_bytes + p.x_bytes + 16 * p.stages);
+            EXPECT_LE(p.stage_bytes, p.smem / 2);
+            EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
+            EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
+            EXPECT_TRUE(p.warps >= 1 && p.warps <= 8);
+            EXPECT_TRUE(p.strips == 1 || p.strips == 2 || (p.strips == 4 && p.rows <= 16));
+            EXPECT_TRUE(!gated || p.strips % 2 == 0);
+            EXPECT_LE(8 * p.tile, 256);  // rows of a box
+            EXPECT_GE(p.tiles(n) * 8 * p.tile, n);
+            EXPECT_LE(p.ctas, std::min<int64_t>(132, p.tiles(n)));
+          }
+}
+
+// An even share of the strips for every multiprocessor, within 5%, where there are enough.
+TEST(LinearPlanSm90, SpreadsTheStripsEvenly) {
+  for (const bool gated : {false, true})
+    for (const int64_t n : {4096, 6144, 28672, 128256, 151936}) {
+      const auto p = plan_skinny_sm90(1, n, 4096, false, gated, 132, 227 * 1024, 228 * 1024);
+      const int64_t rounds = (p.tiles(n) + 131) / 132;
+      const double even = std::ceil(static_cast<double>(n) / 8 / 132);
+      EXPECT_LE(static_cast<double>(rounds * p.tile), gated ? even * 1.05 + 1 : even * 1.05) << n;
+    }
+}
+
+// Bytes on their way to a multiprocessor: a microsecond at the rate of its share of the memory.
+TEST(LinearPlanSm90, KeepsBytesInFlight) {
+  for (const bool norm : {false, true})
+    for (const int64_t m : {1, 8})
+      for (const int64_t n : {4096, 6144, 28672, 151936}) {
+        const auto p = plan_skinny_sm90(m, n, 4096, norm, false, 132, 227 * 1024, 228 * 1024);
+        EXPECT_GE((p.stages - 1) * p.atoms * p.tile * 1024, 32 * 1024) << m << " x " << n;
+      }
+}
+
+}  // namespace
+}  // namespace ni::cuda
