@@ -391,7 +391,7 @@ double rope_us(Bench& b, int64_t rows) {
   return b.timer.us(copies, [&](int64_t i) {
     rope_kv_write(qkv.data() + i % qkv_copies * size, kQkvCols, rows, kHeads,
                   position.data() + i * rows, slot_mapping.data() + i * rows, rope, kv, DType::bf16,
-                  b.timer.stream());
+                  true, b.timer.stream());
   });
 }
 
@@ -430,6 +430,18 @@ std::vector<LinearWeight> weights_in(const Bench& b, const Device<bf16>& memory,
   for (int64_t i = 0; i < b.cold_copies(2 * s.n * s.k); ++i)
     weights.push_back({{s.n, s.k, DType::bf16, false}, memory.data() + i * s.n * s.k, nullptr});
   return weights;
+}
+
+SkinnyArgs skinny_args(const Device<bf16>& x, const LinearWeight& w, int64_t rows,
+                       const Device<bf16>& out) {
+  SkinnyArgs a;
+  a.x = x.data();
+  a.rows = rows;
+  a.w = w.data;
+  a.x_stride = a.w_stride = a.in_features = w.spec.in_features;
+  a.out = out.data();
+  a.out_stride = a.out_features = w.spec.out_features;
+  return a;
 }
 
 void bench_linear(Bench& b) {
@@ -473,14 +485,7 @@ void bench_linear(Bench& b) {
       double skinny = kMissing;
       if (m <= 64)
         skinny = b.timer.us(copies, [&](int64_t i) {
-          SkinnyArgs a;
-          a.x = x.data();
-          a.rows = m;
-          a.w = weights[static_cast<size_t>(i)].data;
-          a.x_stride = a.w_stride = a.in_features = k;
-          a.out = out.data();
-          a.out_stride = a.out_features = n;
-          linear_skinny(a, b.card, stream);
+          linear_skinny(skinny_args(x, weights[static_cast<size_t>(i)], m, out), b.card, stream);
         });
       const double ours = time_of(invariant), best = time_of(fastest);
       const auto bytes = static_cast<double>(2 * (n * k + m * (n + k)));
@@ -488,6 +493,25 @@ void bench_linear(Bench& b) {
                             b.share(bytes, ours), 2e-6 * static_cast<double>(m * n * k) / ours,
                             100 * (ours / best - 1)});
     }
+  }
+  b.finish(std::move(table));
+}
+
+// Our kernel for few rows alone.
+void bench_skinny(Bench& b) {
+  Table table{"skinny", "linear_skinny (us)", {"weight", "M = 1", "8", "16", "GB/s at M = 1"}, {}};
+  for (const Shape& s : kShapes) {
+    const Device<bf16> memory = random_bf16(b.cold_copies(2 * s.n * s.k) * s.n * s.k, 0.02f);
+    const std::vector<LinearWeight> weights = weights_in(b, memory, s);
+    const Device<bf16> x = random_bf16(16 * s.k), out(16 * s.n);
+    double us[3];
+    for (int i = 0; i < 3; ++i)
+      us[i] = b.timer.us(static_cast<int64_t>(weights.size()), [&](int64_t w) {
+        linear_skinny(skinny_args(x, weights[static_cast<size_t>(w)], i == 0 ? 1 : 8 * i, out),
+                      b.card, b.timer.stream());
+      });
+    table.rows.push_back({concat(s.n, " x ", s.k), us[0], us[1], us[2],
+                          b.gbs(static_cast<double>(2 * s.n * s.k), us[0])});
   }
   b.finish(std::move(table));
 }
@@ -707,8 +731,9 @@ struct Group {
   void (*run)(Bench&);
 };
 constexpr Group kGroups[] = {{"rows", bench_rows},       {"linear", bench_linear},
-                             {"decode", bench_decode},   {"prefill", bench_prefill},
-                             {"sampler", bench_sampler}, {"launch", bench_launch}};
+                             {"skinny", bench_skinny},   {"decode", bench_decode},
+                             {"prefill", bench_prefill}, {"sampler", bench_sampler},
+                             {"launch", bench_launch}};
 
 void write_json(const Bench& b, const std::string& path) {
   std::ofstream file(path);

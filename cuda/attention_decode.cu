@@ -96,6 +96,11 @@ class Loader {
   __device__ uint32_t k_tile(int stage) const { return ring_ + stage * 2 * kTileBytes; }
   __device__ uint32_t v_tile(int stage) const { return k_tile(stage) + kTileBytes; }
 
+  // Whether what issue() copies next was in the cache before this step.
+  __device__ bool next_is_old() const {
+    return p_.attn.settled && (tile_ + 1) * kTile <= old_tokens_;
+  }
+
   // Two groups of copies: V of the tile that the last call gave K of, then K of the next.
   __device__ __forceinline__ void issue() {
     copy(p_.attn.kv.v, v_tile(stage_ == 0 ? p_.stages - 1 : stage_ - 1));
@@ -146,6 +151,7 @@ class Loader {
     tile_ = w.tile_begin;
     tile_end_ = w.tile_end;
     context_ = w.context;
+    old_tokens_ = w.context - w.query_len;
     kv_head_ = w.kv_head;
     return true;
   }
@@ -154,7 +160,7 @@ class Loader {
   uint32_t ring_;
   int stage_ = 0;
   // The tile that issue() gives K of next.
-  int unit_, tile_ = 0, tile_end_ = 0, context_ = 0, kv_head_ = 0;
+  int unit_, tile_ = 0, tile_end_ = 0, context_ = 0, old_tokens_ = 0, kv_head_ = 0;
   int block_ = 0, slot_ = 0, next_valid_ = kNone;
   const int32_t* table_ = nullptr;
   // The tile that issue() gives V of next; how many of the warp's rows exist.
@@ -268,7 +274,12 @@ class Decoder {
         tiles_(p, q_address_ + kMmaRows * D * 2) {}
 
   __device__ void run() {
-    for (int i = 0; i < p_.stages; ++i) tiles_.issue();
+    // This step's K and V, and q, come from the kernel before; all else may have come already.
+    int issued = 0;
+    for (; issued < p_.stages && tiles_.next_is_old(); ++issued) tiles_.issue();
+    wait_for_previous();
+    let_next_start();
+    for (; issued < p_.stages; ++issued) tiles_.issue();
     wait_for_tiles(p_.stages);
     __syncthreads();
     const int units = num_units(p_);
@@ -533,8 +544,7 @@ template <typename T, typename C, int D>
 __global__ void __launch_bounds__(kDecodeThreads, (kMinCtas<C, D>))
     decode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(128) unsigned char smem[];
-  wait_for_previous();
-  let_next_start();
+  if (!p.attn.settled) wait_for_previous();
   Decoder<T, C, D>(p, smem).run();
 }
 

@@ -343,8 +343,9 @@ void CudaBackend::rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs
   check_activations(qkv, in.num_tokens, (heads + 2 * kv.num_kv_heads) * kv.head_dim,
                     "rope_kv_write: qkv");
   check_arg(heads > 0, "rope_kv_write: qkv has no columns for q");
+  written_slots_ = in.slot_mapping;
   cuda::rope_kv_write(qkv.data, qkv.row_stride, in.num_tokens, static_cast<int32_t>(heads),
-                      in.positions, in.slot_mapping, a, kv, qkv.dtype, stream_);
+                      in.positions, in.slot_mapping, a, kv, qkv.dtype, !is_guest(), stream_);
 }
 
 void CudaBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a, const KvView& kv,
@@ -367,6 +368,8 @@ void CudaBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a,
   p.kv = kv;
   p.args = a;
   p.step = in.device;
+  p.settled = !is_guest() && written_slots_ != nullptr && written_slots_ == in.slot_mapping;
+  written_slots_ = nullptr;
   if (in.num_prefill_items > 0) attention_prefill(p, in.num_prefill_items, card_, stream_);
   // A captured step has no prefill and any number of decode items.
   if (in.num_decode_items > 0 || in.num_prefill_items == 0) {

@@ -108,6 +108,11 @@ class CudaBackend final : public Backend {
   std::unique_ptr<WeightLoader> loader_;
   std::mutex loader_mutex_;
   Workspace decode_, sample_;
+  // On another's stream anything may have been written by the kernel before.
+  bool is_guest() const { return stream_ != own_stream_.get(); }
+  // Of the last rope_kv_write(), until the next attention(): if it has the same, the step before it
+  // has long been written.
+  const int64_t* written_slots_ = nullptr;
 };
 
 }  // namespace ni::cuda

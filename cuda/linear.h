@@ -70,7 +70,7 @@ struct SkinnyArgs {
   Activation act = Activation::silu;
 };
 void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
-// Hopper's, for weights whose stride is a multiple of 64.
+// Hopper's, where in_features and w_stride are multiples of 64.
 void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
 bool fuses_skinny(const SkinnyArgs& a, const Card& card);
 

@@ -59,43 +59,41 @@ inline constexpr SkinnyPlan plan_skinny(int64_t m, int64_t n, int num_sms, int m
 
 // -- linear_skinny_sm90.cu ------------------------------------------------------------------------
 
-// A CTA a multiprocessor goes through tiles of warps * strips strips of 8 weight rows, a warp
+// A CTA a multiprocessor goes through tiles of warps * strips strips of 16 weight rows, a warp
 // computes `strips` of them. A stage of the ring is `atoms` times 64 columns (128 bytes) of the
 // tile's rows and of x; or x stands in shared memory as a whole, normalised there.
 struct SkinnySm90Plan {
   int rows = 0;    // of x: 8, 16, 32 or 64
   int warps = 0;   // that compute; one more copies
-  int strips = 0;  // of a warp: 1, 2 or 4
+  int strips = 0;  // of a warp: 1 or 2
   int atoms = 0;   // 1, 2 or 4
   int stages = 0;
-  int ctas = 0;     // a row block
-  int x_bytes = 0;  // of x as a whole, with its norm's weights and sums
-  int smem = 0;     // bytes of dynamic shared memory
-  int tile = 0;     // warps * strips
+  int ctas = 0;      // a row block
+  int x_bytes = 0;   // of x as a whole, with its norm's weights and sums
+  int x_stride = 0;  // bytes from row to row there
+  int smem = 0;      // bytes of dynamic shared memory
+  int tile = 0;      // warps * strips
   int stage_bytes = 0;
 
-  int64_t tiles(int64_t n) const { return (n + 8 * tile - 1) / (8 * tile); }
+  int64_t tiles(int64_t n) const { return (n + kStripRows * tile - 1) / (kStripRows * tile); }
+  // With x as a whole: whether it leaves room for a ring.
+  bool fits() const { return x_bytes <= 96 * 1024 && stages >= 3; }
+  static constexpr int kStripRows = 16;
 };
 
 inline constexpr int kSkinnySm90MaxStages = 16;
 inline constexpr int kSkinnyAlign = 1024;  // of a swizzled box
 
-// Bytes of x as a whole: rows of 64-column atoms, fp32 weights of the norm, sums of 16 warps a row.
-inline constexpr int64_t skinny_x_bytes(int64_t rows, int64_t k) {
-  const int64_t columns = (k + 63) / 64 * 64;
-  return columns * rows * 2 + columns * 4 + rows * 64;
-}
-
-// `gated`: a tile holds as many strips of the gate's rows as of the other half's. Half of a
-// multiprocessor's shared memory, if that will do, so that the next kernel's ring fills beside.
-inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, bool gated,
-                                       int num_sms, int max_smem, int smem_per_sm) {
+// Half of a multiprocessor's shared memory, if that will do, so that the next kernel's ring fills
+// beside. (If the product is gated, a strip is 8 rows of the gate and 8 of the other half.)
+inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, int num_sms,
+                                       int max_smem, int smem_per_sm) {
+  constexpr int kStripRows = SkinnySm90Plan::kStripRows;
   SkinnySm90Plan best;
   double best_cost = 1e300;
   best.rows = skinny_rows(m);
-  const int64_t strips = (n + 7) / 8;
-  for (int per_warp = 1; per_warp <= (best.rows <= 16 ? 4 : 2); per_warp *= 2) {
-    if (gated && per_warp == 1) continue;
+  const int64_t strips = (n + kStripRows - 1) / kStripRows;
+  for (int per_warp = 1; per_warp <= 2; ++per_warp) {
     for (int warps = 8; warps >= 1; --warps) {
       const int tile = warps * per_warp;
       const int64_t tiles = (strips + tile - 1) / tile;
@@ -103,7 +101,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
       // Of the busiest multiprocessor: rows of weights, of x (from the L2 cache, read once a
       // round), and what a round costs to begin.
       const double x_rows = norm ? 0 : 0.5 * static_cast<double>(std::min<int64_t>(m, best.rows));
-      const double cost = rounds * (8.0 * tile + x_rows + 2);
+      const double cost = rounds * (kStripRows * tile + x_rows + 2);
       if (cost < best_cost * 0.99) {
         best_cost = cost;
         best.warps = warps;
@@ -113,16 +111,19 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
     }
   }
   best.tile = best.warps * best.strips;
-  best.x_bytes = norm ? static_cast<int>(skinny_x_bytes(std::min<int64_t>(m, best.rows), k)) : 0;
+  const int atom_bytes = best.tile * kStripRows * 128 + (norm ? 0 : best.rows * 128);
+  constexpr int kStage = 20 * 1024;  // bytes at most, so that a ring has many
+  best.atoms = best.rows > 16 || 2 * atom_bytes > kStage ? 1 : 4 * atom_bytes > kStage ? 2 : 4;
+  best.stage_bytes = best.atoms * atom_bytes;
+  const int64_t columns = (k + 64 * best.atoms - 1) / (64 * best.atoms) * (64 * best.atoms);
+  // Neighbouring rows of x lie in different banks. After them come the norm's fp32 weights and the
+  // sums of 16 warps a row.
+  best.x_stride = static_cast<int>(columns * 2 + 16);
+  if (norm) best.x_bytes = static_cast<int>(m * best.x_stride + k * 4 + m * 64);
   const int fixed = best.x_bytes + 2 * 8 * kSkinnySm90MaxStages + kSkinnyAlign;
   const int half = smem_per_sm / 2 - 1024 - fixed, whole = max_smem - fixed;
-  constexpr int kEnough = 56 * 1024;  // bytes in flight, of a multiprocessor
-  const int ring = half >= kEnough ? half : std::min(whole, kEnough);
-  const int atom_bytes = best.tile * 1024 + (norm ? 0 : best.rows * 128);
-  best.atoms = 4;
-  while (best.atoms > 1 && (ring / (best.atoms * atom_bytes) < 6 || (k + 63) / 64 < 2 * best.atoms))
-    best.atoms /= 2;
-  best.stage_bytes = best.atoms * atom_bytes;
+  constexpr int kEnough = 56 * 1024, kMost = 96 * 1024;  // bytes in flight
+  const int ring = half >= kEnough ? half : std::min(whole, kMost);
   best.stages = std::min(ring / best.stage_bytes, kSkinnySm90MaxStages);
   best.smem = best.stages * best.stage_bytes + fixed;
   return best;

@@ -7,7 +7,7 @@
 // lane takes four neighbouring k of a row with one 8-byte load, the same for both.
 // Moves N * K * 2 bytes of weights once, x once a CTA (from the L2 cache); bound by bandwidth, and
 // for short N by the chain of K / 16 dependent products. For cards before Hopper, and there for
-// guests' weights whose rows are not a multiple of 64 elements apart.
+// for K or guests' strides that are no multiples of 64.
 #include "cuda/attention.cuh"
 #include "cuda/linear.h"
 #include "cuda/linear_plan.h"
@@ -208,17 +208,23 @@ __global__ void __launch_bounds__(256)
 
 }  // namespace
 
+static bool is_for_sm90(const SkinnyArgs& a, const Card& card) {
+  return card.arch >= 90 && a.in_features % 64 == 0 && a.w_stride % 64 == 0;
+}
+
 bool fuses_skinny(const SkinnyArgs& a, const Card& card) {
-  constexpr int64_t kMostRows = 16, kMostBytes = 64 << 10;  // more takes longer than it saves
-  const int64_t half = a.out_features / 2;
-  return card.arch >= 90 && a.w_stride % 64 == 0 && a.in_features % 8 == 0 && a.x_stride % 8 == 0 &&
-         a.rows <= kMostRows && a.rows * a.in_features * 2 <= kMostBytes &&
-         (!a.gated || (a.out_features % 16 == 0 && half % 8 == 0)) && a.out_dtype == a.dtype;
+  constexpr int64_t kMostRows = 16;  // with more it takes longer than it saves
+  if (!is_for_sm90(a, card) || a.x_stride % 8 != 0 || a.rows > kMostRows || a.out_dtype != a.dtype)
+    return false;
+  if (a.gated && a.out_features % SkinnySm90Plan::kStripRows != 0) return false;
+  return a.norm.weight == nullptr || plan_skinny_sm90(a.rows, a.out_features, a.in_features, true,
+                                                      card.num_sms, card.max_smem, card.smem_per_sm)
+                                         .fits();
 }
 
 void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream) {
   if (a.rows == 0 || a.out_features == 0) return;
-  if (card.arch >= 90 && a.w_stride % 64 == 0) return linear_skinny_sm90(a, card, stream);
+  if (is_for_sm90(a, card)) return linear_skinny_sm90(a, card, stream);
   check_invariant(a.norm.weight == nullptr && !a.gated, "linear_skinny: nothing is fused here");
   const SkinnyPlan plan =
       plan_skinny(a.rows, a.out_features, card.num_sms, card.max_smem, card.smem_per_sm);

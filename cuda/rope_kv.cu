@@ -26,6 +26,7 @@ struct RopeParams {
   const int64_t* slot_mapping;
   RopeArgs rope;
   KvView kv;
+  bool settled;  // positions and slots were there before the kernel before this one
 };
 
 template <typename C>
@@ -44,23 +45,36 @@ __device__ __forceinline__ void store_pair(C* to, float2 v, float inverse_scale)
 // T: activations, C: cache.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p) {
-  wait_for_previous();
-  let_next_start();
+  if (!p.settled) wait_for_previous();
   const int lane = threadIdx.x % 32;
   const int heads = p.num_heads + 2 * p.kv.num_kv_heads;
   const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int64_t row = unit / heads;
   const int head = static_cast<int>(unit % heads);
-  if (row >= p.rows) return;
   const int d = p.kv.head_dim, half = p.rope.rotary_dim / 2;
   const bool is_q = head < p.num_heads;
   const bool is_v = head >= p.num_heads + p.kv.num_kv_heads;
-  const int64_t slot = is_q ? 0 : p.slot_mapping[row];
-  if (slot < 0) return;  // a padding row writes nothing
+  const float* norm = is_q ? p.rope.q_norm.weight : p.rope.k_norm.weight;
+  int64_t slot = 0;
+  // Pair k: elements [2 * lane + 64 k, + 2) of the head. What depends on no other kernel first.
+  float2 v[kMaxPairs], weight[kMaxPairs], cos[kMaxPairs], sin[kMaxPairs];
+  if (row < p.rows) {
+    if (!is_q) slot = p.slot_mapping[row];
+    const int64_t at = static_cast<int64_t>(p.positions[row]) * half;
+#pragma unroll
+    for (int k = 0; k < kMaxPairs; ++k) {
+      const int i = 2 * lane + 64 * k;
+      if (i < d && !is_v && norm != nullptr) weight[k] = *reinterpret_cast<const float2*>(norm + i);
+      if (i >= 2 * half || is_v || p.rope.cos == nullptr) continue;
+      const int64_t j = at + (i >= half ? i - half : i);
+      cos[k] = *reinterpret_cast<const float2*>(p.rope.cos + j);
+      sin[k] = *reinterpret_cast<const float2*>(p.rope.sin + j);
+    }
+  }
+  if (p.settled) wait_for_previous();
+  let_next_start();
+  if (row >= p.rows || slot < 0) return;  // a padding row writes nothing
   T* x = static_cast<T*>(p.qkv) + row * p.qkv_stride + static_cast<int64_t>(head) * d;
-
-  // Pair k: elements [2 * lane + 64 k, + 2) of the head; for v and for what is not rotated.
-  float2 v[kMaxPairs];
 #pragma unroll
   for (int k = 0; k < kMaxPairs; ++k) {
     const int i = 2 * lane + 64 * k;
@@ -69,8 +83,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p
     v[k] = {as_float(e.v[0]), as_float(e.v[1])};
   }
   if (!is_v) {
-    const float* weight = is_q ? p.rope.q_norm.weight : p.rope.k_norm.weight;
-    if (weight != nullptr) {
+    if (norm != nullptr) {
       float squares = 0;
 #pragma unroll
       for (int k = 0; k < kMaxPairs; ++k)
@@ -78,10 +91,9 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p
       const float factor = rsqrtf(warp_sum(squares) / static_cast<float>(d) + p.rope.norm_eps);
 #pragma unroll
       for (int k = 0; k < kMaxPairs; ++k) {
-        const int i = 2 * lane + 64 * k;
-        if (i >= d) continue;
-        v[k].x *= factor * weight[i];
-        v[k].y *= factor * weight[i + 1];
+        if (2 * lane + 64 * k >= d) continue;
+        v[k].x *= factor * weight[k].x;
+        v[k].y *= factor * weight[k].y;
       }
     }
     if (p.rope.cos != nullptr) {
@@ -92,18 +104,15 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p
       for (int k = 0; k < kMaxPairs; ++k)
         if (2 * lane + 64 * k < d) *reinterpret_cast<float2*>(own + 2 * lane + 64 * k) = v[k];
       __syncwarp();
-      const int64_t at = static_cast<int64_t>(p.positions[row]) * half;
 #pragma unroll
       for (int k = 0; k < kMaxPairs; ++k) {
         const int i = 2 * lane + 64 * k;
         if (i >= 2 * half) continue;
         const bool upper = i >= half;
-        const int j = upper ? i - half : i;
         const float2 other = *reinterpret_cast<const float2*>(own + (upper ? i - half : i + half));
-        const float2 c = *reinterpret_cast<const float2*>(p.rope.cos + at + j);
-        const float2 s = *reinterpret_cast<const float2*>(p.rope.sin + at + j);
         const float sign = upper ? 1.0f : -1.0f;
-        v[k] = {v[k].x * c.x + sign * other.x * s.x, v[k].y * c.y + sign * other.y * s.y};
+        v[k] = {v[k].x * cos[k].x + sign * other.x * sin[k].x,
+                v[k].y * cos[k].y + sign * other.y * sin[k].y};
       }
     }
   }
@@ -128,14 +137,14 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p
 
 void rope_kv_write(void* qkv, int64_t qkv_stride, int64_t rows, int32_t num_heads,
                    const int32_t* positions, const int64_t* slot_mapping, const RopeArgs& a,
-                   const KvView& kv, DType dtype, cudaStream_t stream) {
+                   const KvView& kv, DType dtype, bool settled, cudaStream_t stream) {
   if (rows == 0) return;
   check_arg(kv.head_dim % 4 == 0 && kv.head_dim <= 64 * kMaxPairs, "rope_kv_write: head_dim ",
             kv.head_dim, " is not a multiple of 4 up to ", 64 * kMaxPairs);
   check_arg(a.rotary_dim % 4 == 0 && a.rotary_dim <= kv.head_dim, "rope_kv_write: rotary_dim ",
             a.rotary_dim, " is not a multiple of 4 up to ", kv.head_dim);
   check_arg(kv.tile() == 1, "rope_kv_write: K must be plain rows on CUDA");
-  const RopeParams p{qkv, qkv_stride, rows, num_heads, positions, slot_mapping, a, kv};
+  const RopeParams p{qkv, qkv_stride, rows, num_heads, positions, slot_mapping, a, kv, settled};
   const int64_t units = rows * (num_heads + 2 * kv.num_kv_heads);
   const auto grid = static_cast<unsigned>((units + kWarps - 1) / kWarps);
   const size_t smem = kWarps * sizeof(float) * static_cast<size_t>(kv.head_dim);

@@ -79,7 +79,7 @@ struct KvView {
 // What stands before and after a product. norm and gated: only where Backend::fuses() says so; then
 // the result is that of operators of their own, to the bit.
 struct LinearArgs {
-  bool accumulate = false;           // out += x W^T + bias, both rounded, instead of out = …
+  bool accumulate = false;           // out = out + (x W^T + bias), the product rounded before
   const NormWeight* norm = nullptr;  // x is normalised first
   NormArgs norm_args = {};
   bool gated = false;  // out[T, n / 2] = act(y[:, :n / 2]) * y[:, n / 2:] of y = x W^T + bias
