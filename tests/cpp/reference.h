@@ -78,7 +78,8 @@ inline std::unique_ptr<Backend> make_device(const std::string& device, int threa
 
 // One of a kind for the whole program: a card's backend takes a while to make.
 inline Backend& shared_device(const std::string& device, int threads = 2) {
-  static std::map<std::pair<std::string, int>, std::unique_ptr<Backend>> made;
+  // Never destroyed: at the program's end the libraries that a backend needs may be gone before.
+  static auto& made = *new std::map<std::pair<std::string, int>, std::unique_ptr<Backend>>;
   std::unique_ptr<Backend>& backend = made[{device, on_cuda(device) ? 0 : threads}];
   if (backend == nullptr) backend = make_device(device, threads);
   return *backend;

@@ -150,6 +150,7 @@ class LinearTest : public testing::TestWithParam<DType> {
   void skinny(const Rows& x, const Weight& w, const Out& out) {
     cuda::linear_skinny(skinny_args(x, w, out), card_, nullptr);
   }
+  void check_fused(const std::vector<std::array<int64_t, 3>>& shapes);
   std::unique_ptr<Linear> linear(bool invariant, const std::string& cache = "") {
     Linear::Options o;
     o.dtype = GetParam();
@@ -210,7 +211,7 @@ TEST_P(LinearTest, AccumulatesIntoTheOutput) {
 }
 
 // More than a ring of stages, more tiles than multiprocessors, gates and norms that end within one.
-TEST_P(LinearTest, SkinnyOfManyShapesHasTheBitsOfTheOlderKernel) {
+TEST_P(LinearTest, ManyShapesHaveTheBitsOfTheOlderKernel) {
   cuda::Card older = card_;
   older.arch = 80;  // cp.async, on the same card
   uint32_t seed = 50;
@@ -239,17 +240,10 @@ TEST_P(LinearTest, SkinnyOfManyShapesHasTheBitsOfTheOlderKernel) {
 }
 
 // The norm before, the gate and the addition after a product: the bits of operators of their own.
-TEST_P(LinearTest, FusedEqualsOperatorsOfTheirOwn) {
+void LinearTest::check_fused(const std::vector<std::array<int64_t, 3>>& shapes) {
   if (card_.arch < 90) GTEST_SKIP() << "nothing is fused on this card";
   uint32_t seed = 80;
-  for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{{1, 64, 64},
-                                                                   {1, 6144, 4096},
-                                                                   {2, 1056, 960},
-                                                                   {5, 28672, 2048},
-                                                                   {8, 512, 4096},
-                                                                   {11, 6144, 1024},
-                                                                   {16, 96, 2048},
-                                                                   {1, 4096, 14336}}) {
+  for (const auto& [m, n, k] : shapes) {
     const Rows x(m, k, GetParam(), ++seed);
     const Weight w(n, k, GetParam(), m % 2 == 0, ++seed, 0.05f);
     DeviceArray<float> norm_weight(normal_floats(static_cast<size_t>(k), ++seed));
@@ -299,6 +293,18 @@ TEST_P(LinearTest, FusedEqualsOperatorsOfTheirOwn) {
     for (int64_t r = 0; r < m; ++r)
       ASSERT_EQ(row_bytes(sum, r), row_bytes(residual, r)) << n << " " << r;
   }
+}
+
+TEST_P(LinearTest, FusedEqualsOperatorsOfTheirOwn) {
+  check_fused({{1, 64, 64}, {2, 1056, 960}, {16, 96, 2048}});
+}
+TEST_P(LinearTest, FusedInFullSize) {
+  check_fused(
+      {{1, 6144, 4096}, {5, 28672, 2048}, {8, 512, 4096}, {11, 6144, 1024}, {1, 4096, 14336}});
+}
+
+TEST_P(LinearTest, FusesWhatFits) {
+  if (card_.arch < 90) GTEST_SKIP() << "nothing is fused on this card";
   const Weight wide(64, 8192, GetParam(), false, 1);
   LinearArgs a;
   const NormWeight norm{wide.bias_memory.data(), nullptr};
