@@ -60,19 +60,21 @@ inline constexpr SkinnyPlan plan_skinny(int64_t m, int64_t n, int num_sms, int m
 // -- linear_skinny_sm90.cu ------------------------------------------------------------------------
 
 // A CTA a multiprocessor goes through tiles of warps * strips strips of 16 weight rows, a warp
-// computes `strips` of them. A stage of the ring is `atoms` times 64 columns (128 bytes) of the
-// tile's rows and of x; or x stands in shared memory as a whole, normalised there.
+// computes `strips` of them, or `shares` warps a strip, with 16 rows of x each. A stage of the ring
+// is `atoms` times 64 columns (128 bytes) of the tile's rows and of x; or x stands in shared memory
+// as a whole, normalised there.
 struct SkinnySm90Plan {
   int rows = 0;    // of x: 8, 16, 32 or 64
   int warps = 0;   // that compute; one more copies
   int strips = 0;  // of a warp: 1 or 2
+  int shares = 1;  // warps of a strip
   int atoms = 0;   // 1, 2 or 4
   int stages = 0;
   int ctas = 0;      // a row block
   int x_bytes = 0;   // of x as a whole, with its norm's weights and sums
   int x_stride = 0;  // bytes from row to row there
   int smem = 0;      // bytes of dynamic shared memory
-  int tile = 0;      // warps * strips
+  int tile = 0;      // strips of a CTA
   int stage_bytes = 0;
 
   int64_t tiles(int64_t n) const { return (n + kStripRows * tile - 1) / (kStripRows * tile); }
@@ -82,7 +84,8 @@ struct SkinnySm90Plan {
 };
 
 inline constexpr int kSkinnySm90MaxStages = 16;
-inline constexpr int kSkinnyAlign = 1024;  // of a swizzled box
+inline constexpr int kSkinnyShareWarps = 12;  // at most, where warps share strips
+inline constexpr int kSkinnyAlign = 1024;     // of a swizzled box
 
 // Half of a multiprocessor's shared memory, if that will do, so that the next kernel's ring fills
 // beside. (If the product is gated, a strip is 8 rows of the gate and 8 of the other half.)
@@ -111,9 +114,16 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
     }
   }
   best.tile = best.warps * best.strips;
+  // A chain of products a strip and 16 rows: more rows take warps of their own while there are few.
+  if (best.strips == 1 && best.tile * (best.rows / 16) <= kSkinnyShareWarps)
+    best.shares = std::max(1, best.rows / 16);
+  best.warps *= best.shares;
   const int atom_bytes = best.tile * kStripRows * 128 + (norm ? 0 : best.rows * 128);
   constexpr int kStage = 20 * 1024;  // bytes at most, so that a ring has many
-  best.atoms = best.rows > 16 || 2 * atom_bytes > kStage ? 1 : 4 * atom_bytes > kStage ? 2 : 4;
+  best.atoms = 1;
+  if (best.rows <= 16 || best.shares > 1)
+    while (best.atoms < (best.rows <= 16 ? 4 : 2) && 2 * best.atoms * atom_bytes <= kStage)
+      best.atoms *= 2;
   best.stage_bytes = best.atoms * atom_bytes;
   const int64_t columns = (k + 64 * best.atoms - 1) / (64 * best.atoms) * (64 * best.atoms);
   // Neighbouring rows of x lie in different banks. After them come the norm's fp32 weights and the

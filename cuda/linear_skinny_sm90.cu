@@ -6,14 +6,15 @@
 // Layouts: x [M, x_stride], W [N, w_stride], K and w_stride multiples of 64. A CTA goes through
 // tiles of up to 16 strips of 16 weight rows (gated: 8 of the gate and their 8 others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
-// up to 8 warps multiply 1 or 2 strips each. x comes through the same ring, or is normalised into
-// shared memory as a whole by every CTA. W is the A operand (16 rows), x the B operand (8 rows),
-// both read by ldmatrix. Moves N * K * 2 bytes once; bound by bandwidth. What that takes: some 50
-// KB in flight on every multiprocessor from the kernel's first moment on (the ring fills while the
-// kernel before still works: weights depend on nobody), strips spread evenly, and a warp that only
-// copies, since issuing a copy takes longer than the product of what it brings. For short N the
-// chain of K / 16 dependent products (33 cycles each) is the bound, so the loop around it is
-// straight code: a stage without branches, operands loaded ahead.
+// up to 8 warps multiply 1 or 2 strips each, or 2 or 4 warps a strip, 16 rows of x each. x comes
+// through the same ring, or is normalised into shared memory as a whole by every CTA. W is the A
+// operand (16 rows), x the B operand (8 rows), both read by ldmatrix. Moves N * K * 2 bytes once;
+// bound by bandwidth. What that takes: some 50 KB in flight on every multiprocessor from the
+// kernel's first moment on (the ring fills while the kernel before still works: weights depend on
+// nobody), strips spread evenly, and a warp that only copies, since issuing a copy takes longer
+// than the product of what it brings. For short N the chain of K / 16 dependent products (33 cycles
+// each) is the bound, so the loop around it is straight code: a stage without branches, operands
+// loaded ahead.
 #include "cuda/activation.cuh"
 #include "cuda/attention.cuh"
 #include "cuda/linear.h"
@@ -30,6 +31,7 @@ constexpr int kStripRows = SkinnySm90Plan::kStripRows;
 constexpr int kStripBytes = kStripRows * 128;  // of an atom
 constexpr int kMaxWarps = 8;                   // that compute, and that normalise
 constexpr int kMaxThreads = 32 * (kMaxWarps + 1);
+constexpr int kShareThreads = 32 * (kSkinnyShareWarps + 1);
 
 struct Params {
   SkinnyArgs a;
@@ -232,10 +234,9 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
   synchronise_normalisers();
 }
 
-// One tile's products of one warp.
-template <typename T, int kRows, int kStrips, int kAtoms, bool kNorm>
+// One tile's products of one warp: kStrips strips with kTiles times 8 rows of x.
+template <typename T, int kRows, int kTiles, int kStrips, int kAtoms, bool kNorm>
 struct Tile {
-  static constexpr int kTiles = kRows / 8;  // of 8 rows of x
   // Groups of 16 columns whose operands are loaded together, ahead of their products; an even
   // number of such batches makes a stage.
   static constexpr int kBatch = kAtoms > 1 && kTiles* kStrips <= 2 ? 4 : 2;
@@ -250,24 +251,28 @@ struct Tile {
   float acc[kStrips][kTiles][4];
   uint32_t w_offset, x_offset[kTiles], strip_offset[kStrips];
   uint32_t w_at, x_at;  // of the present stage
+  int strip, first;     // the warp's first strip in the tile, and row of x
   int rows;             // of x that exist
 
   __device__ Tile(const Params& params, const Memory& m, int warp, int lane)
       : p(params), memory(m), x_at(m.x) {
     rows = min(kRows, static_cast<int>(p.a.rows) - static_cast<int>(blockIdx.y) * kRows);
+    constexpr bool kShared = kTiles < kRows / 8;
+    strip = kShared ? warp / p.plan.shares : warp * kStrips;
+    first = kShared ? warp % p.plan.shares * (8 * kTiles) : 0;
     // ldmatrix takes from each lane the address of a row of a quarter. Of W: rows 0 to 7, 8 to 15
     // of the first 8 columns, then of the others. Of x: 8 columns after the other.
     w_offset = lane % 8 * 128 + ((lane / 16 ^ lane % 8) << 4) +
                lane / 8 % 2 * (p.a.gated ? p.plan.tile : 1) * (kStripBytes / 2);
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
-      const int row = min(8 * t + lane % 8, rows - 1);  // what does not exist is not stored
+      const int row = min(first + 8 * t + lane % 8, rows - 1);  // what does not exist is not stored
       x_offset[t] =
           kNorm ? row * p.plan.x_stride + lane / 8 * 16 : row * 128 + ((lane / 8 ^ row % 8) << 4);
     }
 #pragma unroll
     for (int s = 0; s < kStrips; ++s)
-      strip_offset[s] = (warp * kStrips + s) * (p.a.gated ? kStripBytes / 2 : kStripBytes);
+      strip_offset[s] = (strip + s) * (p.a.gated ? kStripBytes / 2 : kStripBytes);
   }
 
   __device__ __forceinline__ void enter_stage(int index) {
@@ -333,20 +338,20 @@ struct Tile {
   }
 
   // Accumulators 0 and 1 belong to the strip's row lane / 4, 2 and 3 to the eighth after.
-  __device__ __forceinline__ void store(int tile, int warp, int lane) const {
+  __device__ __forceinline__ void store(int tile, int lane) const {
     const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows;
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
-      const int strip = tile * p.plan.tile + warp * kStrips + s;
+      const int index = tile * p.plan.tile + strip + s;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int row = 8 * t + lane % 4 * 2 + i;
+          const int row = first + 8 * t + lane % 4 * 2 + i;
           if (row >= rows) continue;
           const int64_t to = (first_row + row) * p.a.out_stride;
           if (p.a.gated) {
-            const int col = 8 * strip + lane / 4;
+            const int col = 8 * index + lane / 4;
             if (col >= p.n) continue;
             const T gate = round_linear<T>(with_bias<T>(p.a, acc[s][t][i], col));
             const T other = round_linear<T>(with_bias<T>(p.a, acc[s][t][2 + i], p.n + col));
@@ -356,7 +361,7 @@ struct Tile {
           }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int col = kStripRows * strip + 8 * half + lane / 4;
+            const int col = kStripRows * index + 8 * half + lane / 4;
             if (col < p.n)
               store_linear<T>(p.a, to + col, with_bias<T>(p.a, acc[s][t][2 * half + i], col));
           }
@@ -368,8 +373,9 @@ struct Tile {
 
 #endif
 
-template <typename T, int kRows, int kStrips, int kAtoms, bool kNorm>
-__global__ void __launch_bounds__(kMaxThreads, kRows <= 16 ? 2 : 1)
+template <typename T, int kRows, int kTiles, int kStrips, int kAtoms, bool kNorm>
+__global__ void __launch_bounds__(kTiles < kRows / 8 ? kShareThreads : kMaxThreads,
+                                  kRows <= 16 ? 2 : 1)
     linear_skinny_sm90_kernel(const __grid_constant__ Params p,
                               const __grid_constant__ CUtensorMap w_map,
                               const __grid_constant__ CUtensorMap x_map) {
@@ -396,15 +402,15 @@ __global__ void __launch_bounds__(kMaxThreads, kRows <= 16 ? 2 : 1)
   } else {
     wait_for_previous();
   }
-  Tile<T, kRows, kStrips, kAtoms, kNorm> tile(p, memory, warp, lane);
+  Tile<T, kRows, kTiles, kStrips, kAtoms, kNorm> tile(p, memory, warp, lane);
   for (int i = blockIdx.x; i < p.num_tiles; i += gridDim.x) {
     tile.run(lane);
-    tile.store(i, warp, lane);
+    tile.store(i, lane);
   }
 #endif
 }
 
-template <typename T, int kRows, int kStrips, int kAtoms, bool kNorm>
+template <typename T, int kRows, int kTiles, int kStrips, int kAtoms, bool kNorm>
 void launch_sm90(const Params& p, cudaStream_t stream) {
   const SkinnyArgs& a = p.a;
   const int box_rows = kStripRows / (a.gated ? 2 : 1) * p.plan.tile;
@@ -414,7 +420,7 @@ void launch_sm90(const Params& p, cudaStream_t stream) {
   const CUtensorMap x_map =
       make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows}, {2 * a.x_stride},
                       {kAtom, std::min<int64_t>(kRows, a.rows)});
-  const auto kernel = linear_skinny_sm90_kernel<T, kRows, kStrips, kAtoms, kNorm>;
+  const auto kernel = linear_skinny_sm90_kernel<T, kRows, kTiles, kStrips, kAtoms, kNorm>;
   allow_smem(kernel, static_cast<size_t>(p.plan.smem), "linear_skinny");
   const dim3 grid(static_cast<unsigned>(p.plan.ctas),
                   static_cast<unsigned>((a.rows + kRows - 1) / kRows));
@@ -436,26 +442,34 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
                  static_cast<int>((a.in_features + kAtom * plan.atoms - 1) / (kAtom * plan.atoms))};
   dispatch_16bit(a.dtype, "linear", [&](auto type) {
     using T = decltype(type);
-    const auto with_rows = [&]<int kRows>(std::integral_constant<int, kRows>) {
-      const auto with_atoms = [&]<int kAtoms, bool kNorm>(std::integral_constant<int, kAtoms>,
-                                                          std::bool_constant<kNorm>) {
-        if (plan.strips == 1) {
-          launch_sm90<T, kRows, 1, kAtoms, kNorm>(p, stream);
-        } else {
-          launch_sm90<T, kRows, 2, kAtoms, kNorm>(p, stream);
-        }
-      };
-      constexpr std::integral_constant<int, 1> one{};
-      if constexpr (kRows <= 16) {
-        constexpr std::integral_constant<int, 2> two{};
-        constexpr std::integral_constant<int, 4> four{};
-        if (norm && plan.atoms == 4) return with_atoms(four, std::true_type{});
-        if (norm && plan.atoms == 2) return with_atoms(two, std::true_type{});
-        if (norm) return with_atoms(one, std::true_type{});
-        if (plan.atoms == 4) return with_atoms(four, std::false_type{});
-        if (plan.atoms == 2) return with_atoms(two, std::false_type{});
+    const auto with = [&]<int kRows, int kTiles, int kAtoms>(std::integral_constant<int, kRows>,
+                                                             std::integral_constant<int, kTiles>,
+                                                             std::integral_constant<int, kAtoms>) {
+      if constexpr (kTiles < kRows / 8) {
+        launch_sm90<T, kRows, kTiles, 1, kAtoms, false>(p, stream);
+      } else if constexpr (kRows > 16) {
+        plan.strips == 1 ? launch_sm90<T, kRows, kTiles, 1, kAtoms, false>(p, stream)
+                         : launch_sm90<T, kRows, kTiles, 2, kAtoms, false>(p, stream);
+      } else if (norm) {
+        plan.strips == 1 ? launch_sm90<T, kRows, kTiles, 1, kAtoms, true>(p, stream)
+                         : launch_sm90<T, kRows, kTiles, 2, kAtoms, true>(p, stream);
+      } else {
+        plan.strips == 1 ? launch_sm90<T, kRows, kTiles, 1, kAtoms, false>(p, stream)
+                         : launch_sm90<T, kRows, kTiles, 2, kAtoms, false>(p, stream);
       }
-      with_atoms(one, std::false_type{});
+    };
+    const auto with_rows = [&]<int kRows>(std::integral_constant<int, kRows> rows) {
+      constexpr std::integral_constant<int, 1> one{};
+      constexpr std::integral_constant<int, 2> two{};
+      constexpr std::integral_constant<int, kRows / 8> all{};
+      if constexpr (kRows > 16) {
+        if (plan.shares == 1) return with(rows, all, one);
+        return plan.atoms == 1 ? with(rows, two, one) : with(rows, two, two);
+      } else {
+        if (plan.atoms == 1) return with(rows, all, one);
+        if (plan.atoms == 2) return with(rows, all, two);
+        with(rows, all, std::integral_constant<int, 4>{});
+      }
     };
     switch (plan.rows) {
       case 8:

@@ -85,7 +85,9 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
           EXPECT_LE(p.stage_bytes, p.smem / 2);
           EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
           EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
-          EXPECT_TRUE(p.warps >= 1 && p.warps <= 8);
+          EXPECT_TRUE(p.warps >= 1 && p.warps <= (p.shares > 1 ? kSkinnyShareWarps : 8));
+          EXPECT_EQ(p.warps * p.strips, p.tile * p.shares);
+          EXPECT_TRUE(p.shares == 1 || (p.strips == 1 && p.shares * 16 == p.rows));
           EXPECT_TRUE(p.strips == 1 || p.strips == 2);
           EXPECT_LE(16 * p.tile, 256);  // rows of a box
           EXPECT_GE(p.tiles(n) * 16 * p.tile, n);

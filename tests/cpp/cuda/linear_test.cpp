@@ -222,6 +222,10 @@ TEST_P(LinearTest, ManyShapesHaveTheBitsOfTheOlderKernel) {
                                                                    {12, 1024, 3072},
                                                                    {30, 5000, 576},
                                                                    {64, 2048, 1088},
+                                                                   {64, 1024, 3072},
+                                                                   {33, 4096, 256},
+                                                                   {64, 28672, 512},
+                                                                   {20, 96, 64},
                                                                    {150, 520, 300}}) {
     const Weight w(n, k, GetParam(), m % 2 == 0, ++seed, 0.05f);
     const Rows x(m, k, GetParam(), ++seed);
