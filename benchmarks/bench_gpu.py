@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--device", type=int, default=0, help="number of the card")
     parser.add_argument("--commit", help="where there is no git to ask")
     parser.add_argument("--json", action="store_true", help="print JSON and no table")
-    parser.add_argument("--save", action="store_true", help="write results/gpu.*")
+    parser.add_argument("--save", action="store_true", help="write results/gpu.* after each model")
     args = parser.parse_args()
     models = chosen(args.models, MODELS, "model")
     parts = chosen(args.only, PARTS, "part")
@@ -300,19 +300,25 @@ def main() -> None:
     if not cards:
         raise SystemExit(_core.cuda_error())
 
+    # Of this run alone. The commit is asked for before results/ differ from it.
+    about: dict[str, Any] = {
+        "card": cards[args.device],
+        "driver": driver(args.device),
+        "backend": "",
+        "date": datetime.date.today().isoformat(),
+        "commit": args.commit or (commit() if shutil.which("git") else "unknown"),
+        "beside": VLLM,
+    }
     rows: list[dict[str, Any]] = []
-    about: dict[str, Any] = {"card": cards[args.device], "driver": driver(args.device)}
+    result: dict[str, Any] = {"context": about, "models": {}, "results": rows}
     for name in models:
         of_model, about["backend"] = measure_model(name, args.device, parts, args.repeats)
+        result["models"][name] = MODELS[name]
         rows += of_model
         print(markdown_table(of_model), flush=True)
-    about["date"] = datetime.date.today().isoformat()
-    about["commit"] = args.commit or (commit() if shutil.which("git") else "unknown")
-    about["beside"] = VLLM
-    result = {"context": about, "models": {n: MODELS[n] for n in models}, "results": rows}
+        if args.save:  # now: the run may be cut in the next model
+            save("gpu", result, "Random bf16 weights on a card", rows)
     print(json.dumps(result, indent=2) if args.json else markdown_table(rows))
-    if args.save:
-        save("gpu", result, "Random bf16 weights on a card", rows)
 
 
 if __name__ == "__main__":

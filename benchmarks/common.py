@@ -119,9 +119,15 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 
 def save(name: str, result: dict[str, Any], title: str, rows: list[dict[str, Any]]) -> None:
-    """results/NAME.json and NAME.md, for the repository."""
+    """results/NAME.json and NAME.md, for the repository; whole at any time, for who saves often."""
     about = ", ".join(f"{key} {value}" for key, value in result["context"].items())
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / f"{name}.md").write_text(f"# {title}\n\n{about}\n\n{markdown_table(rows)}\n")
+    texts = {
+        "json": json.dumps(result, indent=2) + "\n",
+        "md": f"# {title}\n\n{about}\n\n{markdown_table(rows)}\n",
+    }
+    for suffix, text in texts.items():
+        part = folder / f"{name}.{suffix}.part"
+        part.write_text(text)
+        part.replace(folder / f"{name}.{suffix}")
