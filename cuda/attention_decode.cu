@@ -280,8 +280,6 @@ class Decoder {
     wait_for_previous();
     let_next_start();
     for (; issued < p_.stages; ++issued) tiles_.issue();
-    wait_for_tiles(p_.stages);
-    __syncthreads();
     const int units = num_units(p_);
     for (int unit = blockIdx.x; unit < units; unit += gridDim.x) {
       Work w;
@@ -313,6 +311,8 @@ class Decoder {
   // The unit's tiles.
   __device__ __forceinline__ void attend(const Work& w, Sums<D>& total) {
     load_q<C, D>(p_, w, q_);
+    if (!has_tiles_) wait_for_tiles(p_.stages);  // the first ones come beside the first q
+    has_tiles_ = true;
     __syncthreads();
 #pragma unroll
     for (int r = 0; r < 2; ++r)
@@ -532,6 +532,7 @@ class Decoder {
   uint32_t q_address_;
   Tiles tiles_;
   int stage_ = 0;
+  bool has_tiles_ = false;
   int position_[2];
 };
 
