@@ -21,9 +21,11 @@ void allow_smem(Kernel kernel, size_t bytes, const char* name) {
 }
 
 // Programmatic dependent launch (CUDA guide, Hopper on): a kernel is put on the card before the one
-// before it has ended, and waits itself. So every kernel that is launched with launch() calls
-// wait_for_previous() first of all, in every thread and before it touches anything that another
-// kernel writes; it may read weights before. let_next_start() allows the next kernel onto the card.
+// before it has ended, and waits itself. let_next_start() allows the next kernel onto the card, and
+// no kernel may call it before its own wait_for_previous(): so what starts early runs beside the
+// one kernel before it, and all older ones have ended. Before its wait a kernel that was launched
+// with launch() may therefore read what that one kernel does not write, and writes nothing. Where
+// such reading depends on who the kernel before is, the caller says so: `settled`.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

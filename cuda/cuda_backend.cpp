@@ -333,7 +333,7 @@ void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, T
             "] for out, got ", dtype_name(out.dtype), " [", out.rows(), ", ", out.cols(), "]",
             a.accumulate ? ", and float32 cannot accumulate" : "");
   if (x.rows() == 0) return;
-  linear_->run(x, w, a, out, stream_);
+  linear_->run(x, w, a, out, stream_, !is_guest());
 }
 
 void CudaBackend::rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs& a,

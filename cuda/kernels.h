@@ -44,7 +44,7 @@ void norm(const void* x, int64_t x_stride, void* residual, int64_t residual_stri
           int64_t out_stride, cudaStream_t stream);
 
 // -- rope_kv.cu -----------------------------------------------------------------------------------
-// settled: the kernel launched before wrote neither positions nor slot_mapping.
+// settled (common.cuh): of positions and slot_mapping.
 void rope_kv_write(void* qkv, int64_t qkv_stride, int64_t rows, int32_t num_heads,
                    const int32_t* positions, const int64_t* slot_mapping, const RopeArgs& a,
                    const KvView& kv, DType dtype, bool settled, cudaStream_t stream);
@@ -61,7 +61,7 @@ struct AttnParams {
   KvView kv;
   AttnArgs args;
   const StepInputs* step = nullptr;  // in device memory
-  // The kernel launched before wrote nothing of `step`, nor K and V of tokens before the queries.
+  // (common.cuh): of `step`, and of K and V of tokens before the queries.
   bool settled = false;
 };
 

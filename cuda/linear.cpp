@@ -182,10 +182,11 @@ struct Linear::Impl {
   }
 
   cublasStatus_t multiply(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
-                          const Tensor& out, cudaStream_t on) {
+                          const Tensor& out, cudaStream_t on, bool settled = true) {
     if (plan.skinny) {
       SkinnyArgs args = skinny_args(x, w, out);
       args.accumulate = key.accumulate;
+      args.settled = settled;
       linear_skinny(args, card, on);
       return CUBLAS_STATUS_SUCCESS;
     }
@@ -594,7 +595,7 @@ bool Linear::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) con
 }
 
 void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
-                 cudaStream_t stream) {
+                 cudaStream_t stream, bool settled) {
   Impl& impl = *impl_;
   const int64_t align = 16 / static_cast<int64_t>(dtype_size(x.dtype));
   check_arg(reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride % align == 0 &&
@@ -602,22 +603,23 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
             "linear: rows of x must be 16-byte aligned, and as far apart as a multiple of ", align,
             " elements; they are ", x.row_stride, " apart");
   if (a.norm != nullptr || a.gated) {
+    check_arg(fuses(w, a, x.rows()), "linear: no such norm or gate with ", x.rows(), " rows of ",
+              x.cols(), " on this card");
     SkinnyArgs args = impl.skinny_args(x, w, out);
     add_fusion(args, a);
-    check_arg(fuses_skinny(args, impl.card), "linear: no norm or gate with ", x.rows(), " rows of ",
-              x.cols(), " on this card");
+    args.settled = settled;
     linear_skinny(args, impl.card, stream);
     return;
   }
   const Key key = impl.key_of(w, a, x.rows(), out.dtype == DType::f32);
   if (impl.only_skinny(w, key) || !impl.fits_plans(out)) {
-    impl.multiply(Plan{}, x, w, key, out, stream);
+    impl.multiply(Plan{}, x, w, key, out, stream, settled);
     return;
   }
   auto it = impl.plans.find(key);
   if (it == impl.plans.end()) it = impl.plans.emplace(key, impl.plan_untimed(x, w, key, out)).first;
   const Plan& plan = impl.is_valid(it->second, x, w, key, out) ? it->second : Plan{};
-  check_cublas(impl.multiply(plan, x, w, key, out, stream), "cublasLtMatmul");
+  check_cublas(impl.multiply(plan, x, w, key, out, stream, settled), "cublasLtMatmul");
 }
 
 int Linear::num_timed() const {

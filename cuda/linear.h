@@ -37,8 +37,9 @@ class Linear {
   // Whether run() takes the norm and the gate of `a` for so many rows.
   bool fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const;
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
+  // settled (common.cuh): the kernel before has not written the weight.
   void run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
-           cudaStream_t stream);
+           cudaStream_t stream, bool settled = true);
   // Candidates timed so far: none if the cache file knew all plans.
   int num_timed() const;
   // What was chosen, for people: one line a plan.
@@ -63,6 +64,7 @@ struct SkinnyArgs {
   DType out_dtype = DType::bf16;  // dtype, or f32 (then none of what follows)
   int64_t out_stride = 0;
   bool accumulate = false;  // out = round(out + round(y))
+  bool settled = false;     // common.cuh; of W and the norm's weights
   // Where fuses_skinny() says so:
   NormWeight norm;  // RMSNorm of x first; no weight: none
   float norm_eps = 0;
@@ -70,7 +72,7 @@ struct SkinnyArgs {
   Activation act = Activation::silu;
 };
 void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
-// Hopper's, where in_features and w_stride are multiples of 64.
+// Hopper's, where in_features is a multiple of 64.
 void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
 bool fuses_skinny(const SkinnyArgs& a, const Card& card);
 

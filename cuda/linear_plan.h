@@ -68,7 +68,7 @@ struct SkinnySm90Plan {
   int warps = 0;   // that compute; one more copies
   int strips = 0;  // of a warp: 1 or 2
   int shares = 1;  // warps of a strip
-  int atoms = 0;   // 1, 2 or 4
+  int atoms = 0;   // 1, 2 or 4; with 2 strips 1
   int stages = 0;
   int ctas = 0;      // a row block
   int x_bytes = 0;   // of x as a whole, with its norm's weights and sums
@@ -121,7 +121,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   const int atom_bytes = best.tile * kStripRows * 128 + (norm ? 0 : best.rows * 128);
   constexpr int kStage = 20 * 1024;  // bytes at most, so that a ring has many
   best.atoms = 1;
-  if (best.rows <= 16 || best.shares > 1)
+  if (best.strips == 1 && (best.rows <= 16 || best.shares > 1))
     while (best.atoms < (best.rows <= 16 ? 4 : 2) && 2 * best.atoms * atom_bytes <= kStage)
       best.atoms *= 2;
   best.stage_bytes = best.atoms * atom_bytes;

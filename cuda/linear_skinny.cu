@@ -6,8 +6,8 @@
 // shared memory (cp.async), each warp multiplies its strip. x is the A operand, W the B operand; a
 // lane takes four neighbouring k of a row with one 8-byte load, the same for both.
 // Moves N * K * 2 bytes of weights once, x once a CTA (from the L2 cache); bound by bandwidth, and
-// for short N by the chain of K / 16 dependent products. For cards before Hopper, and there for
-// for K or guests' strides that are no multiples of 64.
+// for short N by the chain of K / 16 dependent products. For cards before Hopper, and there for K
+// that is no multiple of 64.
 #include "cuda/attention.cuh"
 #include "cuda/linear.h"
 #include "cuda/linear_plan.h"
@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(256) skinny_kernel(const __grid_constant__ Ski
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_row = blockIdx.y * kRows, first_col = blockIdx.x * blockDim.x / 4;
 
-  // Weights do not depend on the kernel before this one: their first stages come while it ends.
+  // The first stages of the weights come while the kernel before ends.
+  if (!p.a.settled) wait_for_previous();
   for (int s = 0; s < p.stages - 1; ++s) ring.copy_weights(s);
   wait_for_previous();
   let_next_start();
@@ -209,14 +210,15 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 static bool is_for_sm90(const SkinnyArgs& a, const Card& card) {
-  return card.arch >= 90 && a.in_features % 64 == 0 && a.w_stride % 64 == 0;
+  return card.arch >= 90 && a.in_features % 64 == 0;
 }
 
 bool fuses_skinny(const SkinnyArgs& a, const Card& card) {
   constexpr int64_t kMostRows = 16;  // with more it takes longer than it saves
   if (!is_for_sm90(a, card) || a.x_stride % 8 != 0 || a.rows > kMostRows || a.out_dtype != a.dtype)
     return false;
-  if (a.gated && a.out_features % SkinnySm90Plan::kStripRows != 0) return false;
+  if (a.gated && (a.accumulate || a.out_features % SkinnySm90Plan::kStripRows != 0)) return false;
+  if (a.norm.bias != nullptr) return false;
   return a.norm.weight == nullptr || plan_skinny_sm90(a.rows, a.out_features, a.in_features, true,
                                                       card.num_sms, card.max_smem, card.smem_per_sm)
                                          .fits();

@@ -28,8 +28,7 @@ namespace {
 
 constexpr int kAtom = 64;  // columns of a box, 128 bytes
 constexpr int kStripRows = SkinnySm90Plan::kStripRows;
-constexpr int kStripBytes = kStripRows * 128;  // of an atom
-constexpr int kMaxWarps = 8;                   // that compute, and that normalise
+constexpr int kMaxWarps = 8;  // that compute, and that normalise
 constexpr int kMaxThreads = 32 * (kMaxWarps + 1);
 constexpr int kShareThreads = 32 * (kSkinnyShareWarps + 1);
 
@@ -41,6 +40,8 @@ struct Params {
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+constexpr int kStripBytes = kStripRows * 128;  // of an atom
 
 // Shared memory: the ring, x as a whole (or nothing) with the norm's weights and sums, barriers.
 struct Memory {
@@ -114,7 +115,8 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
                memory.full(stage));
   };
 
-  // Weights depend on no kernel before this one: their first stages come while it ends.
+  // The first stages of the weights come while the kernel before ends.
+  if (!p.a.settled) wait_for_previous();
   const Source begin{static_cast<int>(blockIdx.x)};
   Source next = begin;
   int ahead = 0;
@@ -155,6 +157,7 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
   const auto place = [&](int row, int vector) {
     return memory.x + row * p.plan.x_stride + 16 * vector;
   };
+  if (!p.a.settled) wait_for_previous();
   for (int i = threadIdx.x; i < p.k / 4; i += kThreads)
     store_shared(weights + 16 * i, reinterpret_cast<const uint4*>(p.a.norm.weight)[i]);
   for (int row = 0; row < rows; ++row)
@@ -414,12 +417,14 @@ template <typename T, int kRows, int kTiles, int kStrips, int kAtoms, bool kNorm
 void launch_sm90(const Params& p, cudaStream_t stream) {
   const SkinnyArgs& a = p.a;
   const int box_rows = kStripRows / (a.gated ? 2 : 1) * p.plan.tile;
+  // Of W the columns are cut into atoms, so that a box brings several, one after the other.
   const CUtensorMap w_map =
       make_tensor_map("linear", a.dtype, a.w, {kAtom, a.out_features, a.in_features / kAtom},
                       {2 * a.w_stride, 2 * kAtom}, {kAtom, box_rows, a.gated ? 1 : kAtoms});
   const CUtensorMap x_map =
-      make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows}, {2 * a.x_stride},
-                      {kAtom, std::min<int64_t>(kRows, a.rows)});
+      kNorm ? w_map  // not used
+            : make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows}, {2 * a.x_stride},
+                              {kAtom, std::min<int64_t>(kRows, a.rows)});
   const auto kernel = linear_skinny_sm90_kernel<T, kRows, kTiles, kStrips, kAtoms, kNorm>;
   allow_smem(kernel, static_cast<size_t>(p.plan.smem), "linear_skinny");
   const dim3 grid(static_cast<unsigned>(p.plan.ctas),
@@ -445,18 +450,14 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
     const auto with = [&]<int kRows, int kTiles, int kAtoms>(std::integral_constant<int, kRows>,
                                                              std::integral_constant<int, kTiles>,
                                                              std::integral_constant<int, kAtoms>) {
-      if constexpr (kTiles < kRows / 8) {
-        launch_sm90<T, kRows, kTiles, 1, kAtoms, false>(p, stream);
-      } else if constexpr (kRows > 16) {
-        plan.strips == 1 ? launch_sm90<T, kRows, kTiles, 1, kAtoms, false>(p, stream)
-                         : launch_sm90<T, kRows, kTiles, 2, kAtoms, false>(p, stream);
-      } else if (norm) {
-        plan.strips == 1 ? launch_sm90<T, kRows, kTiles, 1, kAtoms, true>(p, stream)
-                         : launch_sm90<T, kRows, kTiles, 2, kAtoms, true>(p, stream);
-      } else {
-        plan.strips == 1 ? launch_sm90<T, kRows, kTiles, 1, kAtoms, false>(p, stream)
-                         : launch_sm90<T, kRows, kTiles, 2, kAtoms, false>(p, stream);
-      }
+      const auto with_norm = [&]<bool kNorm>(std::bool_constant<kNorm>) {
+        if constexpr (kAtoms == 1 && kTiles == kRows / 8)
+          if (plan.strips == 2) return launch_sm90<T, kRows, kTiles, 2, kAtoms, kNorm>(p, stream);
+        launch_sm90<T, kRows, kTiles, 1, kAtoms, kNorm>(p, stream);
+      };
+      if constexpr (kRows <= 16)
+        if (norm) return with_norm(std::true_type{});
+      with_norm(std::false_type{});
     };
     const auto with_rows = [&]<int kRows>(std::integral_constant<int, kRows> rows) {
       constexpr std::integral_constant<int, 1> one{};

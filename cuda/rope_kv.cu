@@ -26,7 +26,7 @@ struct RopeParams {
   const int64_t* slot_mapping;
   RopeArgs rope;
   KvView kv;
-  bool settled;  // positions and slots were there before the kernel before this one
+  bool settled;  // common.cuh; of positions and slots
 };
 
 template <typename C>

@@ -66,23 +66,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       : "memory");
 }
 
-// Neighbouring bytes, a multiple of 16.
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes,
-                                           uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
-      : "memory");
-}
-// To the L2 cache only.
-__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, int32_t y,
-                                             int32_t z) {
-  asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global [%0, {%1, %2, %3}];" ::"l"(map), "r"(x),
-               "r"(y), "r"(z)
-               : "memory");
-}
-
 #endif
 
 // A place in a ring of barriers; `phase` is the parity of the barriers' current round.

@@ -157,6 +157,7 @@ void CpuBackend::embed(const StepInputs& in, const LinearWeight& w, const EmbedA
 void CpuBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) {
   const WeightSpec& s = w.spec;
   check_weight(w, "linear");
+  check_arg(a.norm == nullptr && !a.gated, "linear: the CPU backend fuses no norm and no gate");
   check_matrix(x, x.rows(), s.in_features, "linear: x");
   check_matrix(out, x.rows(), s.out_features, "linear: out");
   check_arg(w.bias != nullptr || !s.has_bias, "linear: the bias is missing");

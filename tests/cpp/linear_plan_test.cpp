@@ -72,27 +72,30 @@ TEST(LinearPlan, KeepsBytesInFlight) {
 // -- linear_skinny_sm90 ---------------------------------------------------------------------------
 
 TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
-  for (const bool norm : {false, true})
-    for (const int64_t m : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 500})
-      for (const int64_t n : {16, 1008, 1024, 4096, 6144, 28672, 151936})
-        for (const int64_t k : {64, 192, 1024, 2048, 4096, 14336}) {
-          const auto p = plan_skinny_sm90(m, n, k, norm, 132, 227 * 1024, 228 * 1024);
-          if (norm && (m > 16 || !p.fits())) continue;  // not fused
-          EXPECT_GE(p.stages, 3);
-          EXPECT_LE(p.stages, kSkinnySm90MaxStages);
-          EXPECT_LE(p.smem, 227 * 1024);
-          EXPECT_GE(p.smem, p.stages * p.stage_bytes + p.x_bytes + 16 * p.stages);
-          EXPECT_LE(p.stage_bytes, p.smem / 2);
-          EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
-          EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
-          EXPECT_TRUE(p.warps >= 1 && p.warps <= (p.shares > 1 ? kSkinnyShareWarps : 8));
-          EXPECT_EQ(p.warps * p.strips, p.tile * p.shares);
-          EXPECT_TRUE(p.shares == 1 || (p.strips == 1 && p.shares * 16 == p.rows));
-          EXPECT_TRUE(p.strips == 1 || p.strips == 2);
-          EXPECT_LE(16 * p.tile, 256);  // rows of a box
-          EXPECT_GE(p.tiles(n) * 16 * p.tile, n);
-          EXPECT_LE(p.ctas, std::min<int64_t>(132, p.tiles(n)));
-        }
+  const CardSizes small{170, 99 * 1024, 100 * 1024, 0};  // sm_120
+  for (const CardSizes& card : {kCards[3], small})
+    for (const bool norm : {false, true})
+      for (const int64_t m : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 500})
+        for (const int64_t n : {16, 1008, 1024, 4096, 6144, 28672, 151936})
+          for (const int64_t k : {64, 192, 1024, 2048, 4096, 14336}) {
+            const auto p =
+                plan_skinny_sm90(m, n, k, norm, card.sms, card.max_smem, card.smem_per_sm);
+            if (norm && (m > 16 || !p.fits())) continue;  // not fused
+            EXPECT_GE(p.stages, card.sms == 132 ? 3 : 2);
+            EXPECT_LE(p.stages, kSkinnySm90MaxStages);
+            EXPECT_LE(p.smem, card.max_smem);
+            EXPECT_GE(p.smem, p.stages * p.stage_bytes + p.x_bytes + 16 * p.stages);
+            EXPECT_LE(p.stage_bytes, p.smem / 2);
+            EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
+            EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
+            EXPECT_TRUE(p.warps >= 1 && p.warps <= (p.shares > 1 ? kSkinnyShareWarps : 8));
+            EXPECT_EQ(p.warps * p.strips, p.tile * p.shares);
+            EXPECT_TRUE(p.shares == 1 || (p.strips == 1 && p.shares * 16 == p.rows));
+            EXPECT_TRUE(p.strips == 1 || (p.strips == 2 && p.atoms == 1));
+            EXPECT_LE(16 * p.tile, 256);  // rows of a box
+            EXPECT_GE(p.tiles(n) * 16 * p.tile, n);
+            EXPECT_LE(p.ctas, std::min<int64_t>(card.sms, p.tiles(n)));
+          }
 }
 
 // The norms of the models that people run, at a few rows.

@@ -87,6 +87,22 @@ def test_rows_may_be_far_apart(device: str, dtype: torch.dtype) -> None:
     assert torch.equal(a, b) and torch.equal(residual, other)
 
 
+@pytest.mark.skipif(not HAS_CUDA, reason="no card")
+@pytest.mark.parametrize("n", [64, 4096])
+def test_cuda_linear_of_a_weight_that_was_just_written(n: int) -> None:
+    """The kernel for few rows fetches weights early; a guest's may not be there yet."""
+    dtype = torch.bfloat16
+    x, g = normal(4, 1024, device="cuda", dtype=dtype), torch.ones(1024, device="cuda")
+    sources = [normal(n, 1024, device="cuda", dtype=dtype, seed=s) for s in (1, 2)]
+    weights = [ops.rms_norm(source, g) for source in sources]
+    torch.cuda.synchronize()
+    want = [ops.linear(x, w) for w in weights]
+    torch.cuda.synchronize()
+    for i in range(40):  # each weight takes the memory of the other one
+        got = ops.linear(x, ops.rms_norm(sources[i % 2], g))
+        assert torch.equal(got, want[i % 2])
+
+
 @each_device
 @pytest.mark.parametrize(
     "m,n,k", [(1, 64, 64), (3, 33, 70), (17, 128, 256), (100, 65, 128), (70, 40, 33)]

@@ -226,7 +226,7 @@ TEST_P(LinearTest, ManyShapesHaveTheBitsOfTheOlderKernel) {
                                                                    {33, 4096, 256},
                                                                    {64, 28672, 512},
                                                                    {20, 96, 64},
-                                                                   {150, 520, 300}}) {
+                                                                   {150, 520, 320}}) {
     const Weight w(n, k, GetParam(), m % 2 == 0, ++seed, 0.05f);
     const Rows x(m, k, GetParam(), ++seed);
     const Out out(m, n, GetParam()), want(m, n, GetParam());
