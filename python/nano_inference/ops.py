@@ -10,9 +10,10 @@ there are no gradients. On a card, ids, slots and block tables are not checked: 
 range reads or writes somewhere else. attention, copy_blocks_ and sample take some lists from host
 memory and cannot be captured into a CUDA graph.
 
-Every operator's row is the same bits whatever rows stand beside it. A name that ends in `_` changes
-a tensor that it is given. Wrong types, shapes, devices or strides are a ValueError that names the
-argument.
+Every operator's row is the same bits whatever rows stand beside it, but for `linear` on a card with
+more than 64 rows, which takes the plan that cuBLASLt proposes (an engine times and compares plans).
+A name that ends in `_` changes a tensor that it is given. Wrong types, shapes, devices or strides
+are a ValueError that names the argument.
 """
 
 from __future__ import annotations
