@@ -43,6 +43,7 @@ SkinnyArgs skinny_args(const Device<bf16>& x, const LinearWeight& w, int64_t row
   a.x_stride = a.w_stride = a.in_features = w.spec.in_features;
   a.out = out.data();
   a.out_stride = a.out_features = w.spec.out_features;
+  a.settled = true;
   return a;
 }
 }  // namespace
