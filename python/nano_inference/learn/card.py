@@ -34,6 +34,13 @@ def need_torch() -> None:
         raise Missing(f"torch {torch.__version__} cannot use the card: install a CUDA build of it")
 
 
+def kernels_of_a_layer() -> int:
+    """In a step of one row: from Hopper on, what stands around products is part of them."""
+    import torch
+
+    return 6 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) else 9
+
+
 def seconds_of(work: Callable[[], object], repeats: int = 3, rounds: int = 12) -> float:
     """Of one call, on the card's own clock; the best of some rounds. The card is kept waiting at
     first, so that it is never the host, slow in launching, that is measured; few calls a round, as

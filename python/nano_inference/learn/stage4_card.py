@@ -184,9 +184,11 @@ def graphs(lab: Lab) -> Report:
     read = lab.machine["read_bytes_per_second"]
     models = {name: model_config(**shape) for name, shape in shapes.items()}
     layers = {name: len(m.layers) for name, m in models.items()}
-    kernels = ", ".join(f"{9 * n} and a few ({name})" for name, n in layers.items())
+    each = card.kernels_of_a_layer()
+    kernels = ", ".join(f"{each * n} and a few ({name})" for name, n in layers.items())
     lab.expect(
-        "a layer is 9 kernels (experiment 4.3 counts them), so a step of decoding is "
+        "a layer is 9 kernels (experiment 4.3 counts them); where rows are few, from Hopper on, 6: "
+        "norm, gate and residual addition are then parts of the products. So a step of one row is "
         f"{kernels}. Eagerly, the host starts each: a few microseconds of its time. Captured once "
         "as a graph, all of them are started together, and a step is 2 launches: the model, and "
         "the logits with the sampler. It pays where a kernel takes less time than its launch, in "
@@ -396,8 +398,9 @@ def card_batches(lab: Lab) -> Report:
         f"{', '.join(map(str, batches))}. With batch_invariant=True, the default, each sum has one "
         "order, which depends on nothing but its own length: every log-probability has the same "
         "bits in every batch. With batch_invariant=False the library's fastest product is taken "
-        "for each number of rows; with few rows it cuts the sums, so that all multiprocessors have "
-        "something to do, with many it need not: other bits, and sooner or later another token. "
+        "for each number of rows, whether it cuts its sums, so that all multiprocessors have "
+        "something to do, or not: between two that differ in this, other bits, and sooner or later "
+        "another token. "
         "Then the same for single products, where cutting by hand must change most of the bits."
     )
     rows: list[list[Cell]] = []
