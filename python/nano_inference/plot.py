@@ -205,15 +205,24 @@ def _draw(panel: Panel, width: float) -> list[str]:
         parts.append(
             f"<polyline points='{path}' fill='none' stroke='{colors[name]}' stroke-width='1.6'/>"
         )
-    for name, dots in panel.dots:
-        parts += [
-            f"<circle cx='{x_axis(x):.1f}' cy='{y_axis(y):.1f}' r='3' fill='{colors[name]}'/>"
-            for x, y in shown(dots)
-        ]
+    dots = [[(x_axis(x), y_axis(y)) for x, y in shown(some)] for _, some in panel.dots]
+    parts += _dots(dots, [colors[name] for name, _ in panel.dots])
     for x, y, text in panel.labels:
         at = x_axis(x)
         anchor = "end" if at > (_LEFT + right) / 2 else "start"
         parts.append(_text(at, y_axis(y) - 6, text, anchor))
+    return parts
+
+
+def _dots(series: Sequence[Points], colors: Sequence[str]) -> list[str]:
+    """At their places. One that a later series would cover is larger and shows around it."""
+    parts = []
+    for i, (dots, color) in enumerate(zip(series, colors, strict=True)):
+        later = [dot for other in series[i + 1 :] for dot in other]
+        for dot in dots:
+            radius = 5 if any(math.dist(dot, other) < 3 for other in later) else 3
+            x, y = dot
+            parts.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{radius}' fill='{color}'/>")
     return parts
 
 

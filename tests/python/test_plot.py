@@ -74,6 +74,11 @@ def test_points_lie_where_the_axes_say(log: bool) -> None:
     assert ys[0] > ys[2]  # up is more
 
 
+def test_a_dot_that_another_covers_is_larger() -> None:
+    panel = Panel("t", "x", "y", dots=[("a", [(1, 1), (5, 5)]), ("b", [(1, 1), (9, 9)])])
+    assert [c["r"] for c in shapes(panel, "circle")] == ["5", "3", "3", "3"]
+
+
 def test_a_logarithmic_axis_leaves_out_zeros() -> None:
     panel = Panel("t", "x", "y", [("a", [(0, 0), (1, 1), (2, 10)])], y_log=True)
     (line,) = shapes(panel, "polyline")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..plot import Panel, Points, Span, stairs
-from .experiment import Cell, Experiment, Report
+from .experiment import Cell, Experiment, Report, cell
 from .lab import Lab, Request, Run, Step
 from .work import Work
 
@@ -242,10 +242,10 @@ def chunked_prefill(lab: Lab) -> Report:
         ["prefill", "steps of the prompt", "rows of the largest", "its GFLOP"]
         + ["longest gap, ms", "first token of the prompt, ms"],
         rows,
-        f"the running answers stood still for {1e3 * first.longest_gap:.3g} ms with the prompt in "
-        f"one piece, and for {1e3 * second.longest_gap:.2g} ms at most with {budgets[-1]} rows a "
-        f"step; the prompt's own first token came after {1e3 * first.first_token:.3g} and "
-        f"{1e3 * second.first_token:.3g} ms.",
+        f"the running answers stood still for {cell(1e3 * first.longest_gap)} ms with the prompt "
+        f"in one piece, and for {cell(1e3 * second.longest_gap)} ms at most with {budgets[-1]} "
+        f"rows a step; the prompt's own first token came after {cell(1e3 * first.first_token)} "
+        f"and {cell(1e3 * second.first_token)} ms.",
         counts,
         [
             Panel(
@@ -299,10 +299,7 @@ class Stall:
             max(b - a for a, b in zip(ends, ends[1:], strict=False)),
             of_prompt[-1]["end_time"] - arrival,
             list(stairs([(0.0, float(arrival_step)), *late]))[1:],
-            [
-                (float(i - 2), float(s["num_tokens"]))
-                for i, s in enumerate(steps[arrival_step - 2 :])
-            ],
+            [(float(i), float(s["num_tokens"])) for i, s in enumerate(steps[arrival_step:])],
         )
 
 
