@@ -146,8 +146,7 @@ def split_kv(lab: Lab) -> Report:
         f"{us[names[2]]:.0f} µs, {us[names[1]] / us[names[2]]:.1f} times less "
         f"({bound[-1][1]:.0f} µs at best). {counts['other_bits']:.0f} of {counts['outputs']:.0f} "
         f"outputs have other bits split than uncut, {counts['other_bits_batch']:.0f} alone than "
-        "beside another sequence. (A context that fits into the card's cache is read faster than "
-        "the bound says.)",
+        "beside another sequence.",
         counts,
         [
             Panel("One token's attention", "context", "µs",
@@ -397,10 +396,10 @@ def card_batches(lab: Lab) -> Report:
         f"{count} sampled tokens of one request, with a seed, in batches of "
         f"{', '.join(map(str, batches))}. With batch_invariant=True, the default, each sum has one "
         "order, which depends on nothing but its own length: every log-probability has the same "
-        "bits in every batch. With batch_invariant=False the library's fastest product is taken "
-        "for each number of rows, whether it cuts its sums, so that all multiprocessors have "
-        "something to do, or not: between two that differ in this, other bits, and sooner or later "
-        "another token. "
+        "bits in every batch. With batch_invariant=False the fastest product is taken for each "
+        "number of rows, the library's or our own for few, whether it cuts its sums, so that all "
+        "multiprocessors have something to do, or not: between two that differ in this, other "
+        "bits, and sooner or later another token. "
         "Then the same for single products, where cutting by hand must change most of the bits."
     )
     rows: list[list[Cell]] = []
