@@ -114,7 +114,7 @@ def test_an_answer_does_not_depend_on_its_batch_until_it_is_allowed_to() -> None
     c = counts("4.11")
     assert c["same_invariant"] == c["batches"] == 4
     assert c["other_bits_invariant"] == c["other_tokens_invariant"] == c["other_ours"] == 0
-    assert c["same_free"] < 4 and c["other_bits_free"] > 0
+    # Without the promise it is a matter of which product is fastest where; cut by hand, never.
     assert c["other_split"] > c["outputs"] / 2
 
 
