@@ -551,9 +551,8 @@ __global__ void __launch_bounds__(kDecodeThreads, (kMinCtas<C, D>))
 
 // Where the counters end does not depend on the model, so that a workspace may serve several: what
 // is zero for one is for all.
-constexpr int kMaxHeads = 256;
 int64_t counter_bytes(int64_t max_seqs) {
-  return max_seqs * kMaxHeads * static_cast<int64_t>(sizeof(int32_t));
+  return max_seqs * kMaxAttentionHeads * static_cast<int64_t>(sizeof(int32_t));
 }
 
 }  // namespace
@@ -570,8 +569,8 @@ void attention_decode(const AttnParams& p, int32_t max_query_len, int64_t max_se
   check_attention(p, "attention_decode");
   check_arg(max_query_len > 0 && max_query_len <= kDecodeRows, "attention_decode: ", max_query_len,
             " query rows of a sequence; at most ", kDecodeRows);
-  check_arg(p.args.num_heads <= kMaxHeads, "attention_decode: num_heads ", p.args.num_heads,
-            " is above ", kMaxHeads);
+  check_arg(p.args.num_heads <= kMaxAttentionHeads, "attention_decode: num_heads ",
+            p.args.num_heads, " is above ", kMaxAttentionHeads);
   const int group = p.args.num_heads / p.kv.num_kv_heads;
   const int row_tiles = (max_query_len * group + kMmaRows - 1) / kMmaRows;
   const DecodePlan plan = plan_decode(card.max_smem, card.smem_per_sm, p.kv.head_dim,
