@@ -324,6 +324,28 @@ __device__ __forceinline__ uint32_t segment_offset(int row, int segment) {
   return row * kRowBytes + (segment ^ x) * 16;
 }
 
+// Layouts of a tile: at(row, segment) is the offset of a 16-byte segment.
+template <int kBytes>
+struct RowLayout {
+  static constexpr int kRowBytes = kBytes;
+  static __device__ __forceinline__ uint32_t at(int row, int segment) {
+    return segment_offset<kBytes>(row, segment);
+  }
+};
+// What the copy engine leaves of pieces of 16 rows: rows are cut into parts as wide as it permutes.
+template <int kBytes>
+struct BoxLayout {
+  static constexpr int kRowBytes = kBytes;
+  static constexpr int kPart = kBytes % 128 == 0 ? 128 : kBytes % 64 == 0 ? 64 : 32;
+  static constexpr int kParts = kBytes / kPart;
+  static constexpr int kPieceBytes = 16 * kBytes;
+  static __device__ __forceinline__ uint32_t at(int row, int segment) {
+    constexpr int kSegments = kPart / 16;
+    return row / 16 * kPieceBytes + segment / kSegments * (16 * kPart) +
+           segment_offset<kPart>(row % 16, segment % kSegments);
+  }
+};
+
 // Four e4m3 in bytes 1 and 3 of two words (bytes 0 and 2 are zero) -> the 16-bit type, exactly: the
 // exponent is put in place and its bias corrected by a power of two (subnormals come out right).
 template <typename T>
@@ -348,12 +370,12 @@ inline constexpr bool kIsFp8 = std::is_same_v<C, __nv_fp8_e4m3>;
 using Fragments = uint32_t[2][2][2];
 
 // For q.k: tokens [token, token + 16) are the columns, dimensions [32 k2, + 32) the two steps.
-template <typename T, typename C, int kRowBytes>
+template <typename T, typename C, typename Layout>
 __device__ __forceinline__ void load_k(Fragments& b, uint32_t tile, int token, int k2, int lane) {
   const int row = token + lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
   uint32_t r[4];
   if constexpr (kIsFp8<C>) {  // a segment is 16 dimensions: lane c has 4 c … 4 c + 3
-    ldmatrix_x4(r, tile + segment_offset<kRowBytes>(row, 2 * k2 + half));
+    ldmatrix_x4(r, tile + Layout::at(row, 2 * k2 + half));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       b[i % 2][i / 2][0] = widen_fp8<T>(__byte_perm(r[i], 0, 0x1404));
@@ -362,7 +384,7 @@ __device__ __forceinline__ void load_k(Fragments& b, uint32_t tile, int token, i
   } else {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      ldmatrix_x4(r, tile + segment_offset<kRowBytes>(row, 4 * k2 + 2 * k + half));
+      ldmatrix_x4(r, tile + Layout::at(row, 4 * k2 + 2 * k + half));
 #pragma unroll
       for (int i = 0; i < 4; ++i) b[k][i / 2][i % 2] = r[i];
     }
@@ -371,11 +393,11 @@ __device__ __forceinline__ void load_k(Fragments& b, uint32_t tile, int token, i
 
 // For P.V: columns are the unit of 16 dimensions `unit`, tokens [token, token + 32) the two steps.
 // With fp8, tile 0 holds the even dimensions and tile 1 the odd ones.
-template <typename T, typename C, int kRowBytes>
+template <typename T, typename C, typename Layout>
 __device__ __forceinline__ void load_v(Fragments& b, uint32_t tile, int token, int unit, int lane) {
   uint32_t r[4];
   if constexpr (kIsFp8<C>) {
-    ldmatrix_x4_trans(r, tile + segment_offset<kRowBytes>(token + lane, unit));
+    ldmatrix_x4_trans(r, tile + Layout::at(token + lane, unit));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 8 tokens each
       b[i / 2][0][i % 2] = widen_fp8<T>(__byte_perm(r[i], 0, 0x2404));
@@ -384,8 +406,7 @@ __device__ __forceinline__ void load_v(Fragments& b, uint32_t tile, int token, i
   } else {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      ldmatrix_x4_trans(
-          r, tile + segment_offset<kRowBytes>(token + 16 * k + lane % 16, 2 * unit + lane / 16));
+      ldmatrix_x4_trans(r, tile + Layout::at(token + 16 * k + lane % 16, 2 * unit + lane / 16));
 #pragma unroll
       for (int i = 0; i < 4; ++i) b[k][i / 2][i % 2] = r[i];
     }

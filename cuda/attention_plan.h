@@ -12,6 +12,7 @@ namespace ni::cuda {
 inline constexpr int kTile = 64;      // tokens of a softmax step
 inline constexpr int kKvChunk = 256;  // tokens whose sums are closed before they are merged
 static_assert(kKvChunk % kTile == 0);
+inline constexpr int kChunkTiles = kKvChunk / kTile;
 
 // Cuts of the work (AttnTiling).
 inline constexpr int kDecodeRows = 4;     // most query rows of a sequence in attention_decode
@@ -30,6 +31,19 @@ struct DecodePlan {
   int smem = 0;         // bytes of dynamic shared memory
   int ctas_per_sm = 0;  // that fit
 };
+
+// A CTA of Hopper's decode kernel: four warps that compute, one that copies, one that counts; a
+// ring of `stages` tiles, of K and of V in turns.
+inline constexpr int kDecodeWarps = 4;
+static_assert(kKvChunk == kDecodeWarps * kTile);
+inline constexpr int kDecodeSm90Threads = 32 * (kDecodeWarps + 2);
+inline constexpr int kDecodeUnits = 3;  // units of work whose q is there or on its way
+// P [tile][16][64] in 16 bits, as many q [16][head_dim] whose rows are 16 bytes further apart than
+// they are long, row maxima, and 1 KB for descriptions of work and barriers.
+inline constexpr int decode_sm90_extra_smem(int head_dim) {
+  return kDecodeWarps * kMmaRows * kTile * 2 + kDecodeUnits * kMmaRows * (2 * head_dim + 16) +
+         kMmaRows * kDecodeWarps * 4 + 1024;
+}
 
 // A CTA of the mma.sync prefill kernel: 16 query rows a warp.
 struct PrefillPlan {
@@ -75,6 +89,19 @@ inline constexpr DecodePlan plan_decode(int max_smem, int smem_per_sm, int head_
     if (bytes >= kInFlight) break;
   }
   return best;
+}
+
+// Two CTAs, so that one computes while the other waits, where each has four tiles or more in
+// flight.
+inline constexpr DecodePlan plan_decode_sm90(int head_dim, int kv_bytes) {
+  constexpr int kMaxSmem = 227 * 1024, kSmemPerSm = 228 * 1024, kMaxStages = 10;
+  const int tile = kTile * head_dim * kv_bytes, extra = decode_sm90_extra_smem(head_dim);
+  for (int ctas = head_dim > 128 ? 1 : 2; ctas >= 1; --ctas) {  // by registers
+    const int room = std::min(kMaxSmem, kSmemPerSm / ctas - 1024) - extra;
+    const int stages = std::min(kMaxStages, room / tile);
+    if (stages >= 4) return {stages, stages * tile + extra, ctas};
+  }
+  return {};
 }
 
 // Two stages rather than one, then as many rows as fit.

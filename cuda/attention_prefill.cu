@@ -256,7 +256,7 @@ class Prefill {
 #pragma unroll
       for (int n2 = 0; n2 < kTile / 16; ++n2) {
         Fragments b;
-        load_k<T, C, Tiles::kKBytes>(b, k_tile, 16 * n2, k2, lane);
+        load_k<T, C, RowLayout<Tiles::kKBytes>>(b, k_tile, 16 * n2, k2, lane);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           mma<T>(s[2 * n2 + i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
@@ -274,7 +274,7 @@ class Prefill {
 #pragma unroll
       for (int u = 0; u < kOut / 16; ++u) {
         Fragments b;
-        load_v<T, C, Tiles::kVBytes>(b, v_tile, 32 * k2, u, lane);
+        load_v<T, C, RowLayout<Tiles::kVBytes>>(b, v_tile, 32 * k2, u, lane);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           mma<T>(chunk.o[u][i % 2], a[2 * k2 + i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);

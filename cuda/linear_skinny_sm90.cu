@@ -309,7 +309,8 @@ struct Tile {
           mma<T>(acc[s][t], o.w[i][s], o.x[i / 2][t][i % 2 * 2], o.x[i / 2][t][i % 2 * 2 + 1]);
   }
 
-  // The tile's sums. A stage is given back when all of it has been multiplied.
+  // The tile's sums. A stage is given back when all of it has been multiplied: until ldmatrix has
+  // read, no copy may write.
   __device__ __forceinline__ void run(int lane) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s)

@@ -32,13 +32,21 @@ CUtensorMap make_tensor_map(const char* what, DType dtype, const void* data,
   std::transform(strides.begin(), strides.end(), stride.begin(), wide);
   std::transform(boxes.begin(), boxes.end(), box.begin(),
                  [](int64_t n) { return static_cast<cuuint32_t>(n); });
+  const auto row_bytes = static_cast<int64_t>(box[0]) * static_cast<int64_t>(dtype_size(dtype));
+  check_arg(row_bytes == 128 || row_bytes == 64 || row_bytes == 32, what, ": boxes of ", row_bytes,
+            " bytes; 128, 64 and 32 can be copied");
   CUtensorMap map;
-  const CUresult result = encode(
-      &map,
-      dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      static_cast<cuuint32_t>(sizes.size()), const_cast<void*>(data), size.data(), stride.data(),
-      box.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(&map,
+             dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+             : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                   : CU_TENSOR_MAP_DATA_TYPE_UINT8,
+             static_cast<cuuint32_t>(sizes.size()), const_cast<void*>(data), size.data(),
+             stride.data(), box.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+             row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+             : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                               : CU_TENSOR_MAP_SWIZZLE_32B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check_runtime(result == CUDA_SUCCESS, what, ": no tensor map (CUDA error ",
                 static_cast<int>(result), ")");
   return map;

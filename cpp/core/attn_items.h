@@ -31,7 +31,7 @@ inline void leave_short_ones_whole(std::vector<AttnItem>& items, int32_t max_ite
 // kv_chunk is above 0.
 //
 // decode: for each sequence of 1 to decode_rows query rows, one item a chunk of its context,
-// ascending. Where these would be more than max_items, the longest sequences are cut that can be
+// ascending. Where these would be more than most_items(), the longest sequences are cut that can be
 // with room for one item, of index -1, of each of the others.
 // prefill: tiles of q_tile query rows of the others; the tile that sees the latest position first,
 // ties in the order of sequences and tiles.
@@ -42,7 +42,9 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
   prefill.clear();
   const auto query_len = [&](int32_t s) { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; };
   int64_t chunks = 0;
+  int32_t max_query_len = 0;
   for (int32_t s = 0; s < num_seqs; ++s) {
+    max_query_len = std::max(max_query_len, query_len(s));
     if (query_len(s) <= 0 || context_lens[s] <= 0) continue;
     if (query_len(s) <= tiling.decode_rows) {
       decode.push_back({s, (context_lens[s] + tiling.kv_chunk - 1) / tiling.kv_chunk});
@@ -51,7 +53,8 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
       for (int32_t i = 0; i * tiling.q_tile < query_len(s); ++i) prefill.push_back({s, i});
     }
   }
-  if (chunks > tiling.max_items) leave_short_ones_whole(decode, tiling.max_items);
+  const int32_t most = tiling.most_items(max_query_len);
+  if (chunks > most) leave_short_ones_whole(decode, most);
   // From an item a sequence to an item a chunk, in place and so from the end.
   size_t from = decode.size(), to = 0;
   for (const AttnItem& item : decode) to += static_cast<size_t>(std::max(item.index, 1));

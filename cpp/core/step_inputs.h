@@ -2,6 +2,7 @@
 // them. Everything lives in one block of memory (engine/step_batch.h), so a step is one upload.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace ni {
@@ -45,9 +46,16 @@ struct AttnTiling {
   int32_t kv_chunk = 0;     // tokens of a chunk of the cache, at absolute multiples of it
   int32_t q_tile = 0;       // query rows of a tile
   int32_t decode_rows = 0;  // sequences with at most so many query rows are cut along the cache
-  // Most chunks that may be listed. Beyond that the shortest sequences are not cut: one item with
-  // the index -1.
+  // Most chunks that may be listed, where some sequence has decode_rows rows or more; where the
+  // longest has fewer, as many times more. Beyond that the shortest sequences are not cut: one item
+  // with the index -1.
   int32_t max_items = 0;
+
+  // Of a step whose longest query has so many rows.
+  int32_t most_items(int32_t max_query_len) const {
+    if (decode_rows <= 0) return 0;
+    return max_items * decode_rows / std::clamp(max_query_len, 1, decode_rows);
+  }
 };
 
 // A piece of attention work, for backends that want lists of them (BackendInfo::tiling): chunk

@@ -44,7 +44,7 @@ size_t StepBatch::max_bytes(int max_tokens, int max_seqs, int max_blocks,
   const auto t = static_cast<size_t>(max_tokens), s = static_cast<size_t>(max_seqs);
   const size_t tables = s * static_cast<size_t>(max_blocks), rows = t + s;
   const size_t words = 2 * t + 2 * t + (s + 1) + s + tables + rows;  // of four bytes
-  const size_t items = static_cast<size_t>(tiling.max_items) + max_tiles(t, s, tiling);
+  const size_t items = static_cast<size_t>(tiling.most_items(1)) + max_tiles(t, s, tiling);
   constexpr size_t kArrays = 14;
   return aligned(sizeof(StepInputs)) + words * 4 + s * sizeof(BlockCopy) +
          items * sizeof(AttnItem) + rows * sizeof(SamplingRow) + kArrays * 64;
@@ -58,7 +58,7 @@ void StepBatch::reserve(int max_tokens, int max_seqs, int max_blocks) {
   context_lens_.reserve(s);
   block_tables_.reserve(s * static_cast<size_t>(max_blocks));
   copies_.reserve(s);
-  decode_items_.reserve(static_cast<size_t>(tiling_.max_items));
+  decode_items_.reserve(static_cast<size_t>(tiling_.most_items(1)));
   for (auto* v : {&logits_rows_, &sample_rows_}) v->reserve(t + s);
   prefill_items_.reserve(max_tiles(t, s, tiling_));
   sampling_.reserve(t + s);

@@ -49,6 +49,23 @@ TEST(AttentionPlan, DecodeKeepsHopperAndAmpereBusy) {
   });
 }
 
+TEST(AttentionPlan, DecodeFitsHopper) {
+  for (const int head_dim : {64, 96, 128, 256})
+    for (const int kv_bytes : {1, 2}) {
+      SCOPED_TRACE(testing::Message() << "head_dim " << head_dim << " kv_bytes " << kv_bytes);
+      const DecodePlan plan = plan_decode_sm90(head_dim, kv_bytes);
+      const int tiles = plan.stages * kTile * head_dim * kv_bytes;
+      EXPECT_GE(plan.ctas_per_sm, 1);
+      EXPECT_LE(plan.smem, 227 * 1024);
+      EXPECT_LE(plan.ctas_per_sm * (plan.smem + 1024), 228 * 1024);
+      // The ring, P of four tiles, q with padding, maxima, and something for the rest.
+      EXPECT_GE(plan.smem,
+                tiles + 4 * 16 * 64 * 2 + kDecodeUnits * 16 * (2 * head_dim + 16) + 1024);
+      EXPECT_GE(plan.ctas_per_sm * tiles, 64 * 1024);    // in flight
+      EXPECT_EQ(head_dim * kv_bytes * kTile % 1024, 0);  // tiles begin where the swizzle does
+    }
+}
+
 TEST(AttentionPlan, PrefillFitsEveryCard) {
   for_each_case([](const CardMemory& card, int head_dim, int kv_bytes) {
     const PrefillPlan plan = plan_prefill(card.max_smem, head_dim, kv_bytes);

@@ -136,22 +136,33 @@ TEST(AttnItems, WithoutRoomASequenceIsNotCut) {
   const std::vector<int32_t> ones(4, 1), contexts{300, 900, 300, 600};  // 2, 4, 2 and 3 chunks
   const Items cut{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {1, 3},
                   {2, 0}, {2, 1}, {3, 0}, {3, 1}, {3, 2}};
-  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 11}).decode, cut);
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 1, 11}).decode, cut);
   // The shortest is the first that is not cut, the later of equals.
   EXPECT_EQ(
-      lists(ones, contexts, {256, 64, 4, 10}).decode,
+      lists(ones, contexts, {256, 64, 1, 10}).decode,
       (Items{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {1, 3}, {2, -1}, {3, 0}, {3, 1}, {3, 2}}));
-  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 8}).decode,
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 1, 8}).decode,
             (Items{{0, 0}, {0, 1}, {1, 0}, {1, 1}, {1, 2}, {1, 3}, {2, -1}, {3, -1}}));
-  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 7}).decode,
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 1, 7}).decode,
             (Items{{0, -1}, {1, 0}, {1, 1}, {1, 2}, {1, 3}, {2, -1}, {3, -1}}));
   // The longest does not fit, the next does.
-  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 6}).decode,
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 1, 6}).decode,
             (Items{{0, -1}, {1, -1}, {2, -1}, {3, 0}, {3, 1}, {3, 2}}));
-  EXPECT_EQ(lists(ones, contexts, {256, 64, 4, 4}).decode,
+  EXPECT_EQ(lists(ones, contexts, {256, 64, 1, 4}).decode,
             (Items{{0, -1}, {1, -1}, {2, -1}, {3, -1}}));
   // One chunk is the whole, with its own index as long as there is room.
-  EXPECT_EQ(lists({1, 1}, {300, 20}, {256, 64, 4, 2}).decode, (Items{{0, -1}, {1, 0}}));
+  EXPECT_EQ(lists({1, 1}, {300, 20}, {256, 64, 1, 2}).decode, (Items{{0, -1}, {1, 0}}));
+}
+
+TEST(AttnItems, ShortQueriesMayHaveMoreItems) {
+  const std::vector<int32_t> contexts{1100, 600};  // 5 and 3 chunks
+  const auto count = [&](std::vector<int32_t> rows) {
+    return lists(rows, contexts, {256, 64, 4, 2}).decode.size();
+  };
+  EXPECT_EQ(count({1, 1}), 8u);  // 2 * 4 / 1
+  EXPECT_EQ(count({1, 2}), 4u);  // 2 * 4 / 2: the shorter is cut
+  EXPECT_EQ(count({3, 1}), 2u);
+  EXPECT_EQ(lists({1, 9}, contexts, {256, 64, 4, 2}).decode, (Items{{0, -1}}));
 }
 
 TEST(AttnItems, PaddingRowsGetNone) {

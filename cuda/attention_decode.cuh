@@ -1,0 +1,289 @@
+// What the kernels for decode_items share: units of work, the sums of one, and how sums become
+// results, at once or from the parts that several CTAs leave.
+//
+// Work is cut into (item, kv head, row tile): an item is a chunk of 256 tokens or a whole sequence,
+// the 16 rows of a tile are (query row, head of the group) pairs, so that K and V are read once for
+// a group. Where a CTA does not have all chunks of a result, each leaves (m, l, O) in the
+// workspace; the CTA that arrives last merges them in ascending order. Four warps compute: in P V,
+// each has a part of the dimensions.
+#pragma once
+
+#include "cuda/attention.cuh"
+
+namespace ni::cuda {
+
+struct DecodeParams {
+  AttnParams attn;
+  ScoreScale scale;
+  int group;          // heads of a kv head
+  int max_query_len;  // query rows of a sequence
+  int row_tiles;      // of 16 rows, for the longest query
+  int stages;
+  // [max_seqs][num_heads]: chunks that are done of a (sequence, kv head, row tile).
+  int32_t* counters;
+  // Of an item: (m, l) [kv head][max_query_len * group], then O [kv head][max_query_len *
+  // group][d].
+  float* partials;
+
+  __device__ int64_t partial_rows() const {
+    return static_cast<int64_t>(max_query_len) * attn.args.num_heads;
+  }
+  __device__ float* partial(int item) const {
+    return partials + item * partial_rows() * (attn.kv.head_dim + 2);
+  }
+};
+
+// The kernels behind attention_decode(). The first returns false where it does not apply.
+bool decode_sm90(const DecodeParams& p, const Card& card, cudaStream_t stream);
+void decode_sm80(DecodeParams p, const Card& card, cudaStream_t stream);
+
+// -- Work -----------------------------------------------------------------------------------------
+
+// One or more consecutive chunks of a sequence, for a kv head and a row tile.
+struct alignas(16) Work {
+  int item, kv_head, row_tile;  // item: of the first chunk
+  int seq, query_begin, query_len, context;
+  int tile_begin, tile_end;     // tiles of 64 tokens; at least one
+  int first_chunk, num_chunks;  // that some query row of the sequence sees
+  int first_item;               // that of chunk 0
+  int is_whole;                 // the item is the whole sequence
+
+  __device__ int rows(int group) const { return query_len * group; }
+  __device__ int rows_of_tile(int group) const {
+    return min(kMmaRows, rows(group) - row_tile * kMmaRows);
+  }
+  __device__ int chunks() const {
+    return (tile_end + kChunkTiles - 1) / kChunkTiles - tile_begin / kChunkTiles;
+  }
+  // Others work at the same result.
+  __device__ bool is_part() const { return chunks() < num_chunks; }
+};
+
+// Fills in all of an item's work but item, kv_head and row_tile. False: there is nothing to do, for
+// the chunk lies before the window or the row tile after the last row.
+__device__ __forceinline__ bool find_work(const DecodeParams& p, Work& w) {
+  const StepInputs& in = *p.attn.step;
+  const AttnItem item = in.decode_items[w.item];
+  w.seq = item.seq;
+  w.query_begin = in.cu_seqlens_q[w.seq];
+  w.query_len = in.cu_seqlens_q[w.seq + 1] - w.query_begin;
+  w.context = in.context_lens[w.seq];
+  const int first = first_visible(w.context - w.query_len, p.attn.args.window);
+  w.first_chunk = first / kKvChunk;
+  w.num_chunks = max(1, (w.context + kKvChunk - 1) / kKvChunk - w.first_chunk);
+  w.first_item = w.item - max(item.index, 0);
+  w.is_whole = item.index < 0 ? 1 : 0;
+  w.tile_begin = first / kTile;
+  w.tile_end = max(w.tile_begin + 1, (w.context + kTile - 1) / kTile);
+  if (w.is_whole == 0) {
+    w.tile_begin = max(w.tile_begin, item.index * kChunkTiles);
+    w.tile_end = min(w.tile_end, (item.index + 1) * kChunkTiles);
+  }
+  return w.row_tile * kMmaRows < w.rows(p.group) && w.tile_begin < w.tile_end;
+}
+
+// Units of one item each.
+__device__ __forceinline__ int num_units(const DecodeParams& p) {
+  return p.attn.step->num_decode_items * p.attn.kv.num_kv_heads * p.row_tiles;
+}
+__device__ __forceinline__ bool find_unit(const DecodeParams& p, int unit, Work& w) {
+  w.row_tile = unit % p.row_tiles;
+  unit /= p.row_tiles;
+  w.kv_head = unit % p.attn.kv.num_kv_heads;
+  w.item = unit / p.attn.kv.num_kv_heads;
+  return find_work(p, w);
+}
+
+// Counts a part that has been written. True for the last one of its result: the others can be read
+// then. For one thread, barriers to and from which order the accesses of the others. Not for every
+// chunk of many: a release waits for all of the multiprocessor's accesses that are on their way
+// (it cost 30% of the bandwidth, once every 128 KB).
+__device__ __forceinline__ bool count_part(const DecodeParams& p, const Work& w) {
+  int32_t* counter = p.counters + static_cast<int64_t>(w.seq) * p.attn.args.num_heads +
+                     w.kv_head * p.row_tiles + w.row_tile;
+  const int chunks = w.chunks();
+  int32_t before;
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(chunks)
+               : "memory");
+  if (before + chunks != w.num_chunks) return false;
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  *counter = 0;  // as it was found
+  return true;
+}
+
+// -- Sums -----------------------------------------------------------------------------------------
+
+// What a lane holds of a row tile, as in the fragments of mma.sync: rows g and g + 8. Every warp
+// has all rows' m and l and its own columns of O, units warp, warp + 4, … of 16.
+template <int D>
+struct Sums {
+  static constexpr int kUnits = (D / 16 + kDecodeWarps - 1) / kDecodeWarps;
+  float m[2];
+  float l[4];  // an accumulator all of whose columns are equal
+  Unit o[kUnits];
+
+  static __device__ __forceinline__ bool has_unit(int unit) {
+    return D / 16 % kDecodeWarps == 0 || unit < D / 16;
+  }
+  __device__ __forceinline__ void clear() {
+    m[0] = m[1] = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) l[i] = 0;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) o[u][i / 4][i % 4] = 0;
+  }
+  // Multiplies rows g, g + 8.
+  __device__ __forceinline__ void scale(const float (&alpha)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) l[i] = __fmul_rn(l[i], alpha[i / 2]);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        o[u][i / 4][i % 4] = __fmul_rn(o[u][i / 4][i % 4], alpha[i % 4 / 2]);
+  }
+  __device__ __forceinline__ void merge(const Sums& chunk, float c) {
+    const MergeFactors f[2] = {merge_max(m[0], chunk.m[0], c), merge_max(m[1], chunk.m[1], c)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) l[i] = merge_sum(l[i], chunk.l[i], f[i / 2]);
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        o[u][i / 4][i % 4] = merge_sum(o[u][i / 4][i % 4], chunk.o[u][i / 4][i % 4], f[i % 4 / 2]);
+  }
+  // l += P 1 and O += P V for 64 tokens; `p`: address of this lane's row and half in P [16][64] as
+  // ldmatrix takes it, for 16 tokens k at p(k).
+  template <typename T, typename C, typename Layout, typename P>
+  __device__ __forceinline__ void add_values(const P& p, uint32_t v, int warp, int lane) {
+#pragma unroll
+    for (int k2 = 0; k2 < kTile / 32; ++k2) {
+      uint32_t a[2][4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        ldmatrix_x4(a[k], p(2 * k2 + k));
+        mma<T>(l, a[k], kOnes2<T>, kOnes2<T>);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const int unit = warp + u * kDecodeWarps;
+        if (!has_unit(unit)) break;
+        Fragments b;
+        load_v<T, C, Layout>(b, v, 32 * k2, unit, lane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          mma<T>(o[u][i % 2], a[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
+      }
+    }
+  }
+  // Calls f(half, packed row, unit of 16 columns, accumulator) for what this lane has.
+  template <typename F>
+  __device__ __forceinline__ void for_each_unit(const Work& w, int rows, const F& f) const {
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = threadIdx.x % 32 / 4 + 8 * r;
+      if (row >= rows) continue;
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u)
+        if (has_unit(warp + u * kDecodeWarps))
+          f(r, w.row_tile * kMmaRows + row, warp + u * kDecodeWarps, o[u]);
+    }
+  }
+};
+
+// -- Results --------------------------------------------------------------------------------------
+
+// Where the result of a packed row lies.
+template <typename T>
+__device__ __forceinline__ T* out_row(const DecodeParams& p, const Work& w, int row) {
+  const int query = row / p.group, head = w.kv_head * p.group + row % p.group;
+  return static_cast<T*>(p.attn.out) + (w.query_begin + query) * p.attn.out_stride +
+         static_cast<int64_t>(head) * p.attn.kv.head_dim;
+}
+
+template <typename T, typename C, int D>
+__device__ __forceinline__ void write_out(const DecodeParams& p, const Work& w,
+                                          const Sums<D>& total) {
+  const float scale[2] = {final_scale(total.l[0], p.attn.kv.v_scale),
+                          final_scale(total.l[2], p.attn.kv.v_scale)};
+  total.for_each_unit(
+      w, w.rows_of_tile(p.group), [&](int half, int packed, int unit, const Unit& o) {
+        store_unit<T, C>(out_row<T>(p, w, packed) + 16 * unit, o, half, scale[half]);
+      });
+}
+
+__device__ __forceinline__ int64_t partial_row(const DecodeParams& p, const Work& w, int packed) {
+  return static_cast<int64_t>(w.kv_head) * p.max_query_len * p.group + packed;
+}
+
+template <typename C, int D>
+__device__ __forceinline__ void write_partial(const DecodeParams& p, const Work& w, int item,
+                                              const Sums<D>& total) {
+  float* partial = p.partial(item);
+  float* sums = partial + 2 * p.partial_rows();
+  total.for_each_unit(
+      w, w.rows_of_tile(p.group), [&](int half, int packed, int unit, const Unit& o) {
+        const int64_t row = partial_row(p, w, packed);
+        store_unit_f32<C>(sums + row * D + 16 * unit, o, half);
+        if (unit == 0 && threadIdx.x % 4 == 0)
+          reinterpret_cast<float2*>(partial)[row] = float2{total.m[half], total.l[2 * half]};
+      });
+}
+
+// Opaque, or the compiler keeps all multiples of the stride in registers.
+template <typename Element>
+__device__ __forceinline__ const Element* step_pointer(const Element* at, int64_t bytes) {
+  asm volatile("add.s64 %0, %0, %1;" : "+l"(at) : "l"(bytes));
+  return at;
+}
+
+// All chunks of the row tile, ascending; a thread has 4 columns of a row, kAhead chunks are asked
+// for at a time. Loads bypass L1, which may hold what lay there before.
+template <typename T, int D, int kAhead>
+__device__ __forceinline__ void merge_partials(const DecodeParams& p, const Work& w) {
+  constexpr int kVectors = D / 4;
+  const int rows = w.rows_of_tile(p.group);
+  const int64_t stride = p.partial_rows() * (D + 2) * 4;  // bytes from chunk to chunk
+  for (int i = threadIdx.x; i < rows * kVectors; i += 32 * kDecodeWarps) {
+    const int packed = w.row_tile * kMmaRows + i / kVectors, vector = i % kVectors;
+    const float* partial = p.partial(w.first_item + w.first_chunk);
+    const float2* ml = reinterpret_cast<const float2*>(partial) + partial_row(p, w, packed);
+    const float4* sums = reinterpret_cast<const float4*>(partial + 2 * p.partial_rows()) +
+                         partial_row(p, w, packed) * kVectors + vector;
+    float m = 0, l = 0, a[4];
+    for (int base = 0; base < w.num_chunks; base += kAhead) {
+      float2 next_ml[kAhead];
+      float4 next[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        next_ml[j] = __ldcg(ml);
+        next[j] = __ldcg(sums);
+        const int64_t step = base + j + 1 < w.num_chunks ? stride : 0;
+        ml = step_pointer(ml, step);
+        sums = step_pointer(sums, step);
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (base + j >= w.num_chunks) continue;
+        const float o[4] = {next[j].x, next[j].y, next[j].z, next[j].w};
+        const bool is_first = base + j == 0;
+        if (is_first) m = next_ml[j].x;
+        const MergeFactors f = merge_max(m, next_ml[j].x, p.scale.c);
+        l = is_first ? next_ml[j].y : merge_sum(l, next_ml[j].y, f);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) a[e] = is_first ? o[e] : merge_sum(a[e], o[e], f);
+      }
+    }
+    const float scale = final_scale(l, p.attn.kv.v_scale);
+    *reinterpret_cast<uint2*>(out_row<T>(p, w, packed) + 4 * vector) =
+        uint2{pack2_out<T>(__fmul_rn(a[0], scale), __fmul_rn(a[1], scale)),
+              pack2_out<T>(__fmul_rn(a[2], scale), __fmul_rn(a[3], scale))};
+  }
+}
+
+}  // namespace ni::cuda

@@ -1,0 +1,560 @@
+// attention_decode() on Hopper, in the arithmetic of attention.cuh: out = softmax(q K^T scale) V
+// for few query rows of each sequence. What work is: attention_decode.cuh.
+//
+// Layouts: q, out [T, heads * d]; K, V [block][kv head][slot][d], blocks of any multiple of 16
+// slots. Persistent CTAs, two a multiprocessor where they fit, of six warps:
+// - One copies, and nothing else: K and V in tiles of 64 tokens, pieces of 16 slots by TMA, through
+//   one ring that does not stop (of a chunk: K of its tiles, then V), and q and a description of
+//   each piece of work. Tiles that were there before this step come before the wait for the kernel
+//   before.
+// - Four compute, a chunk of 256 tokens at a time. A warp has the scores of one tile; with the
+// maxima
+//   of all four it knows those that a walk through the tiles would have seen, so its P has the same
+//   bits. In P V, a warp has all tokens and a part of the dimensions. Two barriers a chunk.
+// - One counts the chunks that are done of a result in which several CTAs have a part: fences and
+//   atomics take longer than tiles. The last one's computing warps merge, a piece of work later.
+// A CTA has a range of neighbouring chunks, so few results are shared.
+// Moves tokens * kv_heads * 2 d elements of the cache and about 3% of that for partial sums; bound
+// by memory bandwidth, by latency where the batch is small.
+#include "cuda/attention_decode.cuh"
+#include "cuda/sm90.cuh"
+#include "cuda/tensor_map.h"
+
+namespace ni::cuda {
+namespace {
+
+template <typename C, int D>
+constexpr DecodePlan kPlan = plan_decode_sm90(D, static_cast<int>(sizeof(C)));
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+constexpr int kComputeThreads = 32 * kDecodeWarps;
+constexpr uint32_t kAll = 0xffffffffu;
+
+template <typename C, int D>
+struct Memory {
+  using Layout = BoxLayout<D* static_cast<int>(sizeof(C))>;
+  static constexpr int kStages = kPlan<C, D>.stages;
+  static constexpr int kTileBytes = kTile * Layout::kRowBytes;
+  static constexpr int kPBytes = kMmaRows * kTile * 2;  // of a tile
+  static constexpr int kQRow = 2 * D + 16;              // in different banks for ldmatrix
+
+  unsigned char* base;
+  uint32_t address;
+  __device__ explicit Memory(unsigned char* at)
+      : base(at), address(static_cast<uint32_t>(__cvta_generic_to_shared(at))) {}
+
+  static constexpr int kP = kStages * kTileBytes;
+  static constexpr int kQ = kP + kDecodeWarps * kPBytes;
+  static constexpr int kTops = kQ + kDecodeUnits * kMmaRows * kQRow;
+  static constexpr int kWork = kTops + kMmaRows * kDecodeWarps * 4;
+  static constexpr int kMerge = kWork + kDecodeUnits * static_cast<int>(sizeof(Work));
+  static constexpr int kBarriers = kMerge + static_cast<int>(sizeof(Work));
+  static constexpr int kNumBarriers = 2 * kStages + 2 * kDecodeUnits + 2;
+  static_assert(kBarriers + 8 * kNumBarriers <= kPlan<C, D>.smem);
+
+  __device__ uint32_t tile(int stage) const { return address + stage * kTileBytes; }
+  __device__ uint32_t p(int tile) const { return address + kP + tile * kPBytes; }
+  __device__ uint32_t q(int unit) const { return address + kQ + unit * kMmaRows * kQRow; }
+  // Row maxima of the four tiles, [row].
+  __device__ float4* tops() const { return reinterpret_cast<float4*>(base + kTops); }
+  __device__ Work& work(int unit) const { return reinterpret_cast<Work*>(base + kWork)[unit]; }
+  // The part that was counted last, if it was the last of its result; else its item is -1.
+  __device__ Work& merge() const { return *reinterpret_cast<Work*>(base + kMerge); }
+
+  __device__ uint32_t barrier(int i) const { return address + kBarriers + 8 * i; }
+  __device__ uint32_t full(int stage) const { return barrier(stage); }
+  __device__ uint32_t empty(int stage) const { return barrier(kStages + stage); }
+  __device__ uint32_t unit_full(int unit) const { return barrier(2 * kStages + unit); }
+  __device__ uint32_t unit_empty(int unit) const {
+    return barrier(2 * kStages + kDecodeUnits + unit);
+  }
+  __device__ uint32_t part_written() const { return barrier(kNumBarriers - 2); }
+  __device__ uint32_t part_counted() const { return barrier(kNumBarriers - 1); }
+
+  __device__ void init_barriers() const {
+    for (int i = 0; i < kStages; ++i) {
+      init_barrier(full(i), 1);
+      init_barrier(empty(i), kDecodeWarps);
+    }
+    for (int i = 0; i < kDecodeUnits; ++i) {
+      init_barrier(unit_full(i), 1);
+      init_barrier(unit_empty(i), kDecodeWarps + 1);
+    }
+    init_barrier(part_written(), kDecodeWarps);
+    init_barrier(part_counted(), 1);
+  }
+};
+
+__device__ __forceinline__ Work broadcast(const Work& w, int lane) {
+  const auto get = [&](int v) { return __shfl_sync(kAll, v, lane); };
+  return {get(w.item),        get(w.kv_head),     get(w.row_tile),   get(w.seq),
+          get(w.query_begin), get(w.query_len),   get(w.context),    get(w.tile_begin),
+          get(w.tile_end),    get(w.first_chunk), get(w.num_chunks), get(w.first_item),
+          get(w.is_whole)};
+}
+
+// The items in another order, in which a CTA takes a range of neighbours: sequences ascending; of
+// each all chunks for the first kv head and row tile, then for the next. Such a range has few
+// results that others work at, too.
+__device__ __forceinline__ bool find_chunk(const DecodeParams& p, int unit, Work& w) {
+  const StepInputs& in = *p.attn.step;
+  const int tiles = p.attn.kv.num_kv_heads * p.row_tiles;
+  const int some = unit / tiles;  // item of the sequence
+  const AttnItem item = in.decode_items[some];
+  const int first = some - max(item.index, 0);
+  const int chunks =
+      item.index < 0 ? 1 : max(1, (in.context_lens[item.seq] + kKvChunk - 1) / kKvChunk);
+  const int tile = (unit - first * tiles) / chunks;
+  w.item = first + (unit - first * tiles) % chunks;
+  w.kv_head = tile / p.row_tiles;
+  w.row_tile = tile % p.row_tiles;
+  return find_work(p, w);
+}
+
+// -- The warp that copies -------------------------------------------------------------------------
+
+template <typename C, int D>
+class Copier {
+ public:
+  __device__ Copier(const DecodeParams& p, const Memory<C, D>& memory, const CUtensorMap* k_map,
+                    const CUtensorMap* v_map)
+      : p_(p), memory_(memory), k_map_(k_map), v_map_(v_map) {}
+
+  __device__ void run() {
+    if (p_.attn.args.window > 0) {
+      run_strided();
+    } else {
+      run_range();
+    }
+    wait_for_q();
+    Work end{};
+    end.item = -1;
+    announce(end);
+  }
+
+ private:
+  using Layout = typename Memory<C, D>::Layout;
+  static constexpr int kStages = Memory<C, D>::kStages;
+
+  // An equal share of all chunks. They are looked up 32 at a time, a lane each: the chain of loads
+  // is as long for one.
+  __device__ __forceinline__ void run_range() {
+    const int64_t units = num_units(p_), ctas = min(static_cast<int64_t>(gridDim.x), units);
+    if (blockIdx.x >= ctas) return;
+    const int end = static_cast<int>((blockIdx.x + 1) * units / ctas);
+    for (int unit = static_cast<int>(blockIdx.x * units / ctas); unit < end;) {
+      Work mine{};
+      const int my_unit = unit + lane_;
+      const bool has_work = my_unit < end && find_chunk(p_, my_unit, mine);
+      const int chunk = mine.item - mine.first_item;
+      // Of a result, the first chunk here takes the others.
+      int last = unit + 32;
+      uint32_t todo = __ballot_sync(kAll, has_work && (lane_ == 0 || chunk == 0));
+      if (mine.is_whole == 0) {
+        const int chunks = min(mine.num_chunks - chunk, end - my_unit);
+        mine.tile_end = min((chunk + chunks) * kChunkTiles, (mine.context + kTile - 1) / kTile);
+        last = max(last, my_unit + chunks);
+      }
+      unit = todo == 0 ? unit + 32 : __shfl_sync(kAll, last, 31 - __clz(todo));
+      for (; todo != 0; todo &= todo - 1) copy(broadcast(mine, __ffs(todo) - 1));
+    }
+  }
+
+  // Of a window, ranges would be unequal: many chunks lie before it.
+  __device__ __forceinline__ void run_strided() {
+    const int units = num_units(p_), stride = gridDim.x;
+    for (int base = blockIdx.x; base < units; base += 32 * stride) {
+      Work mine{};
+      const int unit = base + lane_ * stride;
+      const bool has_work = unit < units && find_unit(p_, unit, mine);
+      for (uint32_t todo = __ballot_sync(kAll, has_work); todo != 0; todo &= todo - 1)
+        copy(broadcast(mine, __ffs(todo) - 1));
+    }
+  }
+
+  // q and this step's K and V come from the kernel before.
+  __device__ __forceinline__ void wait_for_q() {
+    if (has_q_) return;
+    has_q_ = true;
+    wait_for_previous();
+    let_next_start();
+  }
+
+  __device__ __forceinline__ void announce(const Work& w) {
+    wait(memory_.unit_empty(unit_.stage), unit_.phase ^ 1);
+    const int rows = w.item < 0 ? 0 : w.rows_of_tile(p_.group);
+    const uint32_t full = memory_.unit_full(unit_.stage);
+    if (lane_ == 0) {
+      memory_.work(unit_.stage) = w;
+      arrive_expecting(full, rows * 2 * D);
+    }
+    __syncwarp();
+    if (lane_ < rows) {
+      const int row = w.row_tile * kMmaRows + lane_;
+      const int query = row / p_.group, head = w.kv_head * p_.group + row % p_.group;
+      copy_bytes(memory_.q(unit_.stage) + lane_ * Memory<C, D>::kQRow,
+                 static_cast<const uint16_t*>(p_.attn.q) +
+                     (w.query_begin + query) * p_.attn.q_stride + static_cast<int64_t>(head) * D,
+                 2 * D, full);
+    }
+    unit_.advance(kDecodeUnits);
+  }
+
+  __device__ __forceinline__ void copy(const Work& w) {
+    const int old_tiles = (w.context - w.query_len) / kTile;
+    bool announced = has_q_;
+    if (announced) announce(w);
+    const auto ensure_announced = [&] {
+      if (announced) return;
+      announced = true;
+      wait_for_q();
+      announce(w);
+    };
+    const int32_t* table =
+        p_.attn.step->block_tables + static_cast<int64_t>(w.seq) * p_.attn.step->block_table_stride;
+    for (int begin = w.tile_begin; begin < w.tile_end;) {
+      const int chunk = begin / kChunkTiles, end = min(w.tile_end, (chunk + 1) * kChunkTiles);
+      // Lanes 0 to 15 have a piece of 16 tokens each.
+      const int token = chunk * kKvChunk + 16 * lane_;
+      const bool has_piece = lane_ < kKvChunk / 16 && token < w.context;
+      const int index = token / p_.attn.kv.block_size;
+      const int slot = token - index * p_.attn.kv.block_size;
+      const int block = has_piece ? table[index] : 0;
+#pragma unroll 1
+      for (int half = 0; half < 2; ++half)
+#pragma unroll 1
+        for (int tile = begin; tile < end; ++tile) {
+          if (tile >= old_tiles || copied_ >= kStages) ensure_announced();
+          const int valid = min(kTile, w.context - tile * kTile);
+          wait(memory_.empty(place_.stage), place_.phase ^ 1);
+          const uint32_t full = memory_.full(place_.stage);
+          if (lane_ == 0) arrive_expecting(full, (valid + 15) / 16 * Layout::kPieceBytes);
+          __syncwarp();
+          if (has_piece && lane_ / 4 == tile % kChunkTiles)
+            copy_box(memory_.tile(place_.stage) + lane_ % 4 * Layout::kPieceBytes,
+                     half == 0 ? k_map_ : v_map_, 0, slot, 0, w.kv_head, block, full);
+          place_.advance(kStages);
+          ++copied_;
+        }
+      begin = end;
+    }
+    ensure_announced();
+  }
+
+  const DecodeParams& p_;
+  const Memory<C, D>& memory_;
+  const CUtensorMap *k_map_, *v_map_;
+  const int lane_ = threadIdx.x % 32;
+  Place place_, unit_;
+  int copied_ = 0;
+  bool has_q_ = !p_.attn.settled;  // then all have waited already
+};
+
+// -- The warp that counts -------------------------------------------------------------------------
+
+template <typename C, int D>
+__device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
+  uint32_t phase = 0;
+  for (Place unit;; unit.advance(kDecodeUnits)) {
+    wait(memory.unit_full(unit.stage), unit.phase);
+    Work w = memory.work(unit.stage);
+    arrive(memory.unit_empty(unit.stage));
+    if (w.item < 0) return;
+    if (!w.is_part()) continue;
+    wait(memory.part_written(), phase);
+    phase ^= 1;
+    if (!count_part(p, w)) w.item = -1;
+    memory.merge() = w;
+    arrive(memory.part_counted());
+  }
+}
+
+// -- The warps that compute -----------------------------------------------------------------------
+
+template <typename T, typename C, int D>
+class Computer {
+ public:
+  __device__ Computer(const DecodeParams& p, const Memory<C, D>& memory) : p_(p), memory_(memory) {}
+
+  __device__ void run() {
+    bool has_part = false;
+    for (Place unit;; unit.advance(kDecodeUnits)) {
+      wait(memory_.unit_full(unit.stage), unit.phase);
+      const Work& w = memory_.work(unit.stage);  // read where it is needed: registers are few
+      if (w.item < 0) break;
+      load_q(memory_.q(unit.stage));
+      attend(w);
+      if (has_part) finish_part();
+      has_part = w.is_part();
+      __syncwarp();
+      if (lane_ != 0) continue;
+      if (has_part) arrive(memory_.part_written());
+      arrive(memory_.unit_empty(unit.stage));
+    }
+    if (has_part) finish_part();
+  }
+
+ private:
+  using Layout = typename Memory<C, D>::Layout;
+  static constexpr int kStages = Memory<C, D>::kStages;
+
+  static __device__ __forceinline__ void sync() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
+  }
+
+  // The part that was written before is counted by now; was it the last, all are merged.
+  __device__ __forceinline__ void finish_part() {
+    wait(memory_.part_counted(), counted_phase_);
+    counted_phase_ ^= 1;
+    if (memory_.merge().item >= 0) merge_partials<T, D, 8>(p_, memory_.merge());
+  }
+
+  // Fragments of the 16 rows; those of rows that do not exist are what lay there.
+  __device__ __forceinline__ void load_q(uint32_t q) {
+    constexpr int kRow = Memory<C, D>::kQRow;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      if constexpr (kIsFp8<C>) {  // in the order in which load_k's lanes hold the dimensions
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                       : "=r"(q_[k][r]), "=r"(q_[k][2 + r])
+                       : "r"(q + (lane_ / 4 + 8 * r) * kRow + k * 32 + lane_ % 4 * 8)
+                       : "memory");
+      } else {
+        ldmatrix_x4(q_[k], q + lane_ % 16 * kRow + (2 * k + lane_ / 16) * 16);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void attend(const Work& w) {
+    rows_ = w.rows_of_tile(p_.group);
+    context_ = w.context;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      position_[r] =
+          w.context - w.query_len + (w.row_tile * kMmaRows + lane_ / 4 + 8 * r) / p_.group;
+    Sums<D> total;
+    total.clear();
+    int item = w.item;
+#pragma unroll 1
+    for (int begin = w.tile_begin; begin < w.tile_end; ++item) {
+      const int end = min(w.tile_end, (begin / kChunkTiles + 1) * kChunkTiles);
+      Sums<D> chunk;
+      chunk.clear();
+      add_chunk(begin, end, chunk);
+      if (w.is_part()) {
+        write_partial<C, D>(p_, w, item, chunk);
+      } else {
+        total.merge(chunk, p_.scale.c);  // into nothing: as it is
+      }
+      begin = end;
+    }
+    if (!w.is_part()) write_out<T, C, D>(p_, w, total);
+  }
+
+  // Tiles [begin, end) of a chunk.
+  __device__ __forceinline__ void add_chunk(int begin, int end, Sums<D>& chunk) {
+    const int mine = begin / kChunkTiles * kChunkTiles + warp_;
+    Scores s;
+#pragma unroll 1
+    for (int tile = begin; tile < end; ++tile, place_.advance(kStages)) {
+      if (tile != mine) continue;
+      wait(memory_.full(place_.stage), place_.phase);
+      multiply_keys(s, memory_.tile(place_.stage));
+      release(kDecodeWarps);
+    }
+    const bool has_tile = begin <= mine && mine < end;
+    if (has_tile) cap_and_mask(s, mine);
+    share_maxima(s, has_tile);
+    sync();  // maxima are there; all are done with the P before
+    float alpha[kChunkTiles][2] = {};
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (has_row(r)) softmax(s, r, has_tile, alpha, chunk.m[r]);
+    sync();
+#pragma unroll
+    for (int i = 0; i < kChunkTiles; ++i) {
+      const int tile = begin / kChunkTiles * kChunkTiles + i;
+      if (tile < begin || tile >= end) continue;
+      chunk.scale(alpha[i]);  // of nothing: it stays
+      const uint32_t v = memory_.tile(place_.stage);
+      wait(memory_.full(place_.stage), place_.phase);
+      if (context_ < (tile + 1) * kTile) clear_values(v, context_ - tile * kTile);
+      const uint32_t p = memory_.p(i);
+      chunk.template add_values<T, C, Layout>(
+          [&](int k) { return p + segment_offset<128>(lane_ % 16, 2 * k + lane_ / 16); }, v, warp_,
+          lane_);
+      release(1);
+      place_.advance(kStages);
+    }
+  }
+
+  // This warp is done with the tile; `times`: for so many warps.
+  __device__ __forceinline__ void release(int times) const {
+    fence_async_proxy();  // ldmatrix has read before the next copy writes
+    __syncwarp();
+    if (lane_ == 0) arrive(memory_.empty(place_.stage), times);
+  }
+
+  // Rows g + 8 are mostly none: a decode has as many as the group.
+  __device__ __forceinline__ bool has_row(int r) const { return r == 0 || rows_ > 8; }
+
+  __device__ __forceinline__ void multiply_keys(Scores& s, uint32_t k_tile) const {
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0;
+#pragma unroll
+    for (int k2 = 0; k2 < D / 32; ++k2)
+#pragma unroll
+      for (int n2 = 0; n2 < kTile / 16; ++n2) {
+        Fragments b;
+        load_k<T, C, Layout>(b, k_tile, 16 * n2, k2, lane_);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          mma<T>(s[2 * n2 + i % 2], q_[2 * k2 + i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
+      }
+  }
+
+  __device__ __forceinline__ void cap_and_mask(Scores& s, int tile) const {
+    if (p_.scale.cap > 0) cap_scores(s, p_.scale);
+    const int window = p_.attn.args.window, begin = tile * kTile;
+    const bool sees_all =
+        begin + kTile - 1 <= position_[0] && begin >= first_visible(position_[1], window);
+    if (!__all_sync(kAll, sees_all)) mask_scores(s, begin, position_, window);
+  }
+
+  __device__ __forceinline__ void share_maxima(const Scores& s, bool has_tile) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (!has_row(r)) continue;
+      float top = -INFINITY;
+      if (has_tile) {
+#pragma unroll
+        for (int n = 0; n < kTile / 8; ++n) top = fmaxf(top, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+        top = fmaxf(top, __shfl_xor_sync(kAll, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(kAll, top, 2));
+      }
+      if (lane_ % 4 == 0) reinterpret_cast<float*>(memory_.tops() + lane_ / 4 + 8 * r)[warp_] = top;
+    }
+  }
+
+  // Of row g + 8 r: the maximum moves on tile by tile, alpha says what sums are worth then; this
+  // warp's part of P goes to shared memory.
+  __device__ __forceinline__ void softmax(const Scores& s, int r, bool has_tile,
+                                          float (&alpha)[kChunkTiles][2], float& m) const {
+    const float4 tops = memory_.tops()[lane_ / 4 + 8 * r];
+    const float top[kChunkTiles] = {tops.x, tops.y, tops.z, tops.w};
+    float minus_mc = 0;
+#pragma unroll
+    for (int i = 0; i < kChunkTiles; ++i) {
+      const float moved = fmaxf(m, top[i]), safe = safe_max(moved);
+      alpha[i][r] = rescale(m, safe, p_.scale.c);
+      m = moved;
+      if (i == warp_) minus_mc = -__fmul_rn(safe, p_.scale.c);
+    }
+    if (!has_tile) return;
+    const uint32_t p = memory_.p(warp_);
+#pragma unroll
+    for (int n = 0; n < kTile / 8; ++n)
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(p + segment_offset<128>(lane_ / 4 + 8 * r, n) +
+                                                   lane_ % 4 * 4),
+                   "r"(pack2<T>(probability(s[n][2 * r], p_.scale.c, minus_mc),
+                                probability(s[n][2 * r + 1], p_.scale.c, minus_mc)))
+                   : "memory");
+  }
+
+  // Slots beyond the context may hold NaN, and 0 * NaN would spread: this warp's columns of rows
+  // [from, kTile) become zero.
+  __device__ __forceinline__ void clear_values(uint32_t v, int from) const {
+    constexpr int kSegments = static_cast<int>(sizeof(C));  // of a unit of 16 columns
+#pragma unroll
+    for (int u = 0; u < Sums<D>::kUnits; ++u) {
+      const int unit = warp_ + u * kDecodeWarps;
+      if (!Sums<D>::has_unit(unit)) break;
+      for (int i = lane_; i < (kTile - from) * kSegments; i += 32)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(
+                         v + Layout::at(from + i / kSegments, kSegments * unit + i % kSegments)),
+                     "r"(0)
+                     : "memory");
+    }
+    __syncwarp();
+  }
+
+  const DecodeParams& p_;
+  const Memory<C, D>& memory_;
+  const int lane_ = threadIdx.x % 32, warp_ = threadIdx.x / 32;
+  Place place_;
+  uint32_t counted_phase_ = 0;
+  uint32_t q_[D / 16][4];
+  int position_[2], rows_ = 0, context_ = 0;
+};
+
+#endif
+
+template <typename T, typename C, int D>
+__global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
+    decode_sm90_kernel(const __grid_constant__ DecodeParams p,
+                       const __grid_constant__ CUtensorMap k_map,
+                       const __grid_constant__ CUtensorMap v_map) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(1024) unsigned char smem[];
+  if (!p.attn.settled) {
+    wait_for_previous();
+    let_next_start();
+  }
+  // Who has nothing to do makes room at once; one block waits for the kernel before in any case, so
+  // that this one does not end before it.
+  if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= num_units(p)) return;
+  const Memory<C, D> memory(smem);
+  if (threadIdx.x == 0) {
+    memory.init_barriers();
+    fence_async_proxy();
+  }
+  __syncthreads();
+  const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // uniform for the compiler too
+  if (warp < kDecodeWarps) {
+    Computer<T, C, D>(p, memory).run();
+  } else if (warp == kDecodeWarps) {
+    Copier<C, D>(p, memory, &k_map, &v_map).run();
+  } else if (threadIdx.x % 32 == 0) {
+    count_parts(p, memory);
+  }
+#endif
+}
+
+// A [blocks][kv heads][slots][d] cache, copied in boxes of 16 slots of one head, a row as parts of
+// up to 128 bytes.
+template <typename C, int D>
+CUtensorMap cache_map(const void* data, const KvView& kv) {
+  constexpr int kBytes = static_cast<int>(sizeof(C));
+  using Layout = BoxLayout<D * kBytes>;
+  const int64_t block = kv.block_stride > 0 ? kv.block_stride : kv.block_elements();
+  return make_tensor_map(
+      "attention_decode", kv.dtype, data,
+      {Layout::kPart / kBytes, kv.block_size, Layout::kParts, kv.num_kv_heads, kv.num_blocks},
+      {Layout::kRowBytes, Layout::kPart, kBytes * kv.head_elements(), kBytes * block},
+      {Layout::kPart / kBytes, 16, Layout::kParts, 1, 1});
+}
+
+}  // namespace
+
+bool decode_sm90(const DecodeParams& p, const Card& card, cudaStream_t stream) {
+  if (card.arch != 90) return false;
+  const KvView& kv = p.attn.kv;
+  dispatch_attention(p.attn, "attention_decode", [&](auto type, auto cache, auto head_dim) {
+    using C = decltype(cache);
+    constexpr int kDim = head_dim();
+    constexpr DecodePlan kThisPlan = kPlan<C, kDim>;
+    const auto kernel = decode_sm90_kernel<decltype(type), C, kDim>;
+    allow_smem(kernel, static_cast<size_t>(kThisPlan.smem), "attention_decode");
+    launch(kernel, static_cast<unsigned>(card.num_sms * kThisPlan.ctas_per_sm), kDecodeSm90Threads,
+           static_cast<size_t>(kThisPlan.smem), stream, "attention_decode", p,
+           cache_map<C, kDim>(kv.k, kv), cache_map<C, kDim>(kv.v, kv));
+  });
+  return true;
+}
+
+}  // namespace ni::cuda
