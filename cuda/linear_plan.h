@@ -87,6 +87,14 @@ inline constexpr int kSkinnySm90MaxStages = 16;
 inline constexpr int kSkinnyShareWarps = 12;  // at most, where warps share strips
 inline constexpr int kSkinnyAlign = 1024;     // of a swizzled box
 
+// With more rows than this, normalising them in every CTA takes longer than a kernel of its own.
+inline constexpr int64_t kSkinnyMaxNormRows = 16;
+// Whether a gated activation is worth more than what cuBLASLt would be faster: with more than 32
+// rows it is with large weights.
+inline constexpr bool gains_by_gate(int64_t rows, int64_t weight_elements) {
+  return rows <= 32 || (rows <= 64 && weight_elements <= int64_t{1} << 26);
+}
+
 // Half of a multiprocessor's shared memory, if that will do, so that the next kernel's ring fills
 // beside. (If the product is gated, a strip is 8 rows of the gate and 8 of the other half.)
 inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, int num_sms,

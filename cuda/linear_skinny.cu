@@ -214,14 +214,13 @@ static bool is_for_sm90(const SkinnyArgs& a, const Card& card) {
 }
 
 bool fuses_skinny(const SkinnyArgs& a, const Card& card) {
-  constexpr int64_t kMostRows = 16;  // with more it takes longer than it saves
-  if (!is_for_sm90(a, card) || a.x_stride % 8 != 0 || a.rows > kMostRows || a.out_dtype != a.dtype)
-    return false;
+  if (!is_for_sm90(a, card) || a.x_stride % 8 != 0 || a.out_dtype != a.dtype) return false;
   if (a.gated && (a.accumulate || a.out_features % SkinnySm90Plan::kStripRows != 0)) return false;
-  if (a.norm.bias != nullptr) return false;
-  return a.norm.weight == nullptr || plan_skinny_sm90(a.rows, a.out_features, a.in_features, true,
-                                                      card.num_sms, card.max_smem, card.smem_per_sm)
-                                         .fits();
+  if (a.norm.weight == nullptr) return gains_by_gate(a.rows, a.out_features * a.in_features);
+  return a.norm.bias == nullptr && a.rows <= kSkinnyMaxNormRows &&
+         plan_skinny_sm90(a.rows, a.out_features, a.in_features, true, card.num_sms, card.max_smem,
+                          card.smem_per_sm)
+             .fits();
 }
 
 void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream) {

@@ -12,7 +12,7 @@
 // bound by bandwidth. What that takes: some 50 KB in flight on every multiprocessor from the
 // kernel's first moment on (the ring fills while the kernel before still works: weights depend on
 // nobody), strips spread evenly, and a warp that only copies, since issuing a copy takes longer
-// than the product of what it brings. For short N the chain of K / 16 dependent products (33 cycles
+// than the product of what it brings. For short N the chain of K / 16 dependent products (25 cycles
 // each) is the bound, so the loop around it is straight code: a stage without branches, operands
 // loaded ahead.
 #include "cuda/activation.cuh"

@@ -86,7 +86,8 @@ bool Decoder::fuses(int64_t rows) const {
 
 // Pre-norm block. Many rows: `normed` holds the normalised residual on entry and, for the next
 // block, on exit; the add and the norm that follows it are one operator. Few rows (fused): norm,
-// gate and add are parts of the products, and only the residual goes from block to block.
+// gate and add are parts of the products, and only the residual goes from block to block. Between
+// them, the gate alone may be.
 void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   const int64_t t = in.num_tokens;
   const LayerWeights& w = weights_.layers[index];
@@ -109,8 +110,14 @@ void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   backend_.linear(attn, w.o, {}, delta);
   backend_.add_norm(delta, residual, w.mlp_norm, norm_args_, normed);
 
-  backend_.linear(normed, w.gate_up, {}, gate_up);
-  backend_.activation(gate_up, config_.act, config_.gated_mlp, act);
+  LinearArgs gated = gate_up_args(w);
+  gated.norm = nullptr;
+  if (config_.gated_mlp && backend_.fuses(w.gate_up, gated, t)) {
+    backend_.linear(normed, w.gate_up, gated, act);
+  } else {
+    backend_.linear(normed, w.gate_up, {}, gate_up);
+    backend_.activation(gate_up, config_.act, config_.gated_mlp, act);
+  }
   backend_.linear(act, w.down, {}, delta);
   const bool is_last = index + 1 == weights_.layers.size();
   const NormWeight& next = is_last ? weights_.final_norm : weights_.layers[index + 1].attn_norm;
