@@ -460,16 +460,6 @@ __device__ __forceinline__ void store_unit_f32(float* row, const Unit& o, int ha
 
 // -- The paged cache ------------------------------------------------------------------------------
 
-// First element of 16 (or fewer) consecutive tokens from `token` on, which lie in one block: blocks
-// are multiples of 16. `token` must be below the context length.
-template <typename C>
-__device__ __forceinline__ const C* kv_rows(const void* cache, const KvView& kv,
-                                            const int32_t* block_table, int kv_head, int token) {
-  const int block = token / kv.block_size;
-  const int slot = token - block * kv.block_size;
-  return static_cast<const C*>(cache) + kv.v_offset(block_table[block], kv_head, slot, 0);
-}
-
 // A warp starts copying kRows rows of kRowBytes from rows kSourceBytes apart into rows [row, …) of
 // a tile; those at or beyond `valid` become zero.
 template <int kRows, int kRowBytes, int kSourceBytes>
