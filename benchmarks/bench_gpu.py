@@ -8,7 +8,10 @@ Token ids reach Python, nothing is detokenized; the prefix cache is off and ever
 fresh random prompts. Decode: 128 tokens in; the time of a token is that with 256 out less that with
 1 out, over 255. Prefill: one token out. Requests: 256 of 100 to 1024 tokens in and out, temperature
 0.6. Times are medians of `--repeats` runs (requests: of one run). "invariance" also runs all of it
-with batch_invariant off, and counts how many tokens of a request change beside 63 others.
+with batch_invariant off, and counts how many tokens of a request change beside 63 others. "parts"
+(needs torch) times what a prefill consists of at least, alone: the layers' products through
+cuBLASLt and our attention, in the engine's steps (prefill_parts.py), and gives them as a share of
+the engine's prefill: 100% would be an engine that spends time on nothing else.
 
 Before anything is timed, 32 greedy tokens of the timed engine, and their log-probabilities, must
 equal those of one without graphs and without overlap."""
@@ -46,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": LLAMA_3_1_8B,
     "qwen3-14b": QWEN3_14B,
 }
-PARTS = ("decode", "prefill", "requests", "invariance")
+PARTS = ("decode", "prefill", "parts", "requests", "invariance")
 
 # vLLM 0.25.1 (torch 2.11, FlashAttention-3) on one H200 with the same work: ms of a token at batch
 # 1, tokens/s for the rest.
@@ -79,6 +82,7 @@ PROMPT, OUTPUT = 128, 256  # of decode
 PREFILLS = ((1, 4000), (16, 2000))
 CHECKED = 32  # tokens
 MAX_MODEL_LEN = 4096
+MAX_BATCHED = 8192  # tokens of a step
 
 
 def make_engine(
@@ -97,7 +101,7 @@ def make_engine(
             memory_fraction=0.9,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=256,
-            max_num_batched_tokens=8192,
+            max_num_batched_tokens=MAX_BATCHED,
             max_waiting=0,
             max_logprobs=1,
             enable_prefix_caching=False,
@@ -160,6 +164,46 @@ def prefill(engine: _core.Engine, prompts: Prompts, repeats: int) -> dict[str, f
     return found
 
 
+def prefill_steps(count: int, length: int, most: int) -> list[list[tuple[int, int, int]]]:
+    """Those of an engine that has all prompts when it begins, with at most so many rows each: of
+    each prompt in a step its number, its rows and its context with them."""
+    steps: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for prompt in range(count):
+        done = 0
+        while done < length:
+            if room == 0:
+                steps.append([])
+                room = most
+            rows = min(length - done, room)
+            done += rows
+            room -= rows
+            steps[-1].append((prompt, rows, done))
+    return steps
+
+
+def parts_alone(shape: dict[str, Any], device: int, repeats: int) -> dict[str, float]:
+    """Milliseconds."""
+    try:
+        from prefill_parts import measure_parts
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"the part 'parts' needs torch ({error}); see --only") from error
+    cases = {f"{n}x{length}": prefill_steps(n, length, MAX_BATCHED) for n, length in PREFILLS}
+    return measure_parts(shape, device, cases, repeats)
+
+
+def with_shares(found: dict[str, float], parts: dict[str, float]) -> dict[str, float]:
+    """Adds the parts, and what percentage of a whole prefill they are."""
+    found = found | parts
+    for count, length in PREFILLS:
+        case = f"{count}x{length}"
+        if f"products {case}" in parts:
+            alone = parts[f"products {case}"] + parts[f"attention {case}"]
+            whole = 1e3 * count * length / found[f"prefill {case}"]
+            found[f"parts of prefill {case}"] = 100 * alone / whole
+    return found
+
+
 def mixed_load(engine: _core.Engine) -> dict[str, float]:
     """Prompt ids are drawn first, then lengths, as the figures of vLLM were taken."""
     rng = random.Random(0)
@@ -199,7 +243,7 @@ def measure(engine: _core.Engine, parts: list[str], repeats: int) -> dict[str, f
     found: dict[str, float] = {}
     if "decode" in parts:
         found |= decode(engine, prompts, repeats)
-    if "prefill" in parts:
+    if "prefill" in parts or "parts" in parts:
         found |= prefill(engine, prompts, repeats)
     if "requests" in parts:
         found |= mixed_load(engine)
@@ -236,6 +280,8 @@ def measure_model(
 ) -> tuple[list[dict[str, Any]], str]:
     """Rows of the table, and the device's name."""
     shape = MODELS[name]
+    # Before there is an engine, which takes the card's memory.
+    alone = parts_alone(shape, device, repeats) if "parts" in parts else {}
     want = slow_tokens(shape, device)
     results: dict[bool, dict[str, float]] = {}
     for invariant in (True, False) if "invariance" in parts else (True,):
@@ -246,18 +292,24 @@ def measure_model(
         print(f"  {same} of {CHECKED} tokens as without graphs and overlap", flush=True)
         if invariant and same != CHECKED:
             raise SystemExit(f"{name}: the timed engine computes something else; nothing is timed")
-        results[invariant] = measure(engine, parts, repeats)
+        results[invariant] = with_shares(measure(engine, parts, repeats), alone)
         backend = engine.device_name
         engine.shutdown()
         del engine  # its memory is the next one's
     return table_rows(name, results), backend
 
 
+def unit_of(case: str) -> str:
+    if case == "decode 1" or case.startswith(("products", "attention")):
+        return "ms"
+    return "%" if case.startswith("parts") else "" if case == "changed tokens" else "tokens/s"
+
+
 def table_rows(name: str, results: dict[bool, dict[str, float]]) -> list[dict[str, Any]]:
     rows = []
     for case, ours in results[True].items():
         theirs = VLLM_FIGURES[name].get(case)
-        unit = {"decode 1": "ms", "changed tokens": ""}.get(case, "tokens/s")
+        unit = unit_of(case)
         row: dict[str, Any] = {"model": name, "case": case, "unit": unit, "invariant": ours}
         if False in results:
             row["not invariant"] = results[False][case]

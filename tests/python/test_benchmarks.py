@@ -59,3 +59,34 @@ def test_a_run_that_is_cut_leaves_the_models_before(
     found = run(cut)  # nothing of the run before
     assert list(found["models"]) == ["llama-3.2-1b"] and found["context"]["commit"] == cut
     assert run("llama-3.1-8b") == found  # cut before there was anything to save
+
+
+def test_steps_of_a_prefill(bench_gpu: Any) -> None:
+    assert bench_gpu.prefill_steps(1, 4000, 8192) == [[(0, 4000, 4000)]]
+    assert bench_gpu.prefill_steps(2, 5, 5) == [[(0, 5, 5)], [(1, 5, 5)]]
+    assert bench_gpu.prefill_steps(2, 7, 4) == [
+        [(0, 4, 4)],
+        [(0, 3, 7), (1, 1, 1)],
+        [(1, 4, 5)],
+        [(1, 2, 7)],
+    ]
+    steps = bench_gpu.prefill_steps(16, 2000, 8192)
+    assert [sum(rows for _, rows, _ in step) for step in steps] == [8192, 8192, 8192, 7424]
+    assert steps[0][-1] == (4, 192, 192) and steps[1][0] == (4, 1808, 2000)
+
+
+def test_shares_of_a_prefill(bench_gpu: Any) -> None:
+    parts = {"products 1x4000": 60.0, "attention 1x4000": 15.0}
+    parts |= {"products 16x2000": 500.0, "attention 16x2000": 50.0}
+    found = {"prefill 1x4000": 40e3, "prefill 16x2000": 32e3}  # in 100 ms and a second
+    shares = bench_gpu.with_shares(found, parts)
+    assert shares["parts of prefill 1x4000"] == pytest.approx(75)
+    assert shares["parts of prefill 16x2000"] == pytest.approx(55)
+    assert bench_gpu.with_shares(found, {}) == found
+    rows = bench_gpu.table_rows("llama-3.1-8b", {True: shares, False: shares})
+    assert {row["case"].split()[0]: row["unit"] for row in rows} == {
+        "prefill": "tokens/s",
+        "products": "ms",
+        "attention": "ms",
+        "parts": "%",
+    }
