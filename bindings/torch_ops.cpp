@@ -216,9 +216,7 @@ class TensorOps {
         check_sequences(in, starts, contexts, tables.shape.at(1) * kv.block_size);
     const AttnTiling& tiling = backend_->info().tiling;
     if (tiling.kv_chunk > 0)
-      build_attn_items(starts, contexts, in.num_seqs, tiling, decode_, prefill_);
-    in.num_decode_items = static_cast<int32_t>(decode_.size());
-    in.num_prefill_items = static_cast<int32_t>(prefill_.size());
+      build_attn_items(starts, contexts, in.num_seqs, tiling, decode_, prefill_, in);
 
     blocks_->begin();
     const size_t starts_at = blocks_->add(starts, in.num_seqs + 1);

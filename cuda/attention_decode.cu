@@ -36,7 +36,9 @@ DecodeParams decode_params(const AttnParams& p, int32_t max_query_len, int64_t m
 
 size_t decode_workspace_bytes(int64_t max_items, int64_t max_seqs, int32_t num_heads,
                               int32_t head_dim) {
-  const int64_t partials = max_items * kDecodeRows * num_heads * (head_dim + 2) * 4;
+  const int64_t rows =
+      kDecodeRows * ((num_heads + 1) / 2 * 2);  // as many queries, or items, as fit
+  const int64_t partials = max_items * rows * (head_dim + 2) * 4;
   return static_cast<size_t>(counter_bytes(max_seqs) + partials);
 }
 

@@ -18,15 +18,16 @@ struct DecodeParams {
   int group;          // heads of a kv head
   int max_query_len;  // query rows of a sequence
   int row_tiles;      // of 16 rows, for the longest query
-  int stages;
-  // [max_seqs][num_heads]: chunks that are done of a (sequence, kv head, row tile).
+  int stages;         // of decode_sm80's ring
+  // [max_seqs][kMaxAttentionHeads], of which [max_seqs][num_heads] are used: chunks that are done
+  // of a (sequence, kv head, row tile).
   int32_t* counters;
-  // Of an item: (m, l) [kv head][max_query_len * group], then O [kv head][max_query_len *
-  // group][d].
+  // Of an item: (m, l) [partial_rows], then O [partial_rows][d]; row: partial_row().
   float* partials;
 
+  // Even, so that O of every item is 16-byte aligned.
   __device__ int64_t partial_rows() const {
-    return static_cast<int64_t>(max_query_len) * attn.args.num_heads;
+    return (static_cast<int64_t>(max_query_len) * attn.args.num_heads + 1) / 2 * 2;
   }
   __device__ float* partial(int item) const {
     return partials + item * partial_rows() * (attn.kv.head_dim + 2);

@@ -7,10 +7,10 @@
 //   one ring that does not stop (of a chunk: K of its tiles, then V), and q and a description of
 //   each piece of work. Tiles that were there before this step come before the wait for the kernel
 //   before.
-// - Four compute, a chunk of 256 tokens at a time. A warp has the scores of one tile; with the
-// maxima
-//   of all four it knows those that a walk through the tiles would have seen, so its P has the same
-//   bits. In P V, a warp has all tokens and a part of the dimensions. Two barriers a chunk.
+// - Four compute, a chunk of 256 tokens at a time. A warp has the scores of one tile; with the row
+//   maxima of all four it knows those that a walk through the tiles would have seen, so its P has
+//   the same bits. In P V, a warp has all tokens and a part of the dimensions. Two barriers a
+//   chunk.
 // - One counts the chunks that are done of a result in which several CTAs have a part: fences and
 //   atomics take longer than tiles. The last one's computing warps merge, a piece of work later.
 // A CTA has a range of neighbouring chunks, so few results are shared.
@@ -122,7 +122,7 @@ class Copier {
       : p_(p), memory_(memory), k_map_(k_map), v_map_(v_map) {}
 
   __device__ void run() {
-    if (p_.attn.args.window > 0) {
+    if (p_.attn.args.window > 0 || p_.attn.step->num_whole_items > 0) {
       run_strided();
     } else {
       run_range();
@@ -137,8 +137,8 @@ class Copier {
   using Layout = typename Memory<C, D>::Layout;
   static constexpr int kStages = Memory<C, D>::kStages;
 
-  // An equal share of all chunks. They are looked up 32 at a time, a lane each: the chain of loads
-  // is as long for one.
+  // As many chunks as any other CTA. They are looked up 32 at a time, a lane each: the chain of
+  // loads is as long for one.
   __device__ __forceinline__ void run_range() {
     const int64_t units = num_units(p_), ctas = min(static_cast<int64_t>(gridDim.x), units);
     if (blockIdx.x >= ctas) return;
@@ -161,7 +161,8 @@ class Copier {
     }
   }
 
-  // Of a window, ranges would be unequal: many chunks lie before it.
+  // With a window ranges would be unequal, for many chunks lie before it; with whole sequences, for
+  // those are longer.
   __device__ __forceinline__ void run_strided() {
     const int units = num_units(p_), stride = gridDim.x;
     for (int base = blockIdx.x; base < units; base += 32 * stride) {
@@ -288,9 +289,11 @@ class Computer {
       if (has_part) finish_part();
       has_part = w.is_part();
       __syncwarp();
-      if (lane_ != 0) continue;
-      if (has_part) arrive(memory_.part_written());
-      arrive(memory_.unit_empty(unit.stage));
+      if (lane_ == 0) {
+        if (has_part) arrive(memory_.part_written());
+        arrive(memory_.unit_empty(unit.stage));
+      }
+      __syncwarp();
     }
     if (has_part) finish_part();
   }
@@ -393,7 +396,7 @@ class Computer {
 
   // This warp is done with the tile; `times`: for so many warps.
   __device__ __forceinline__ void release(int times) const {
-    fence_async_proxy();  // ldmatrix has read before the next copy writes
+    fence_async_proxy();  // what was read here, q too, was read before the next copy writes
     __syncwarp();
     if (lane_ == 0) arrive(memory_.empty(place_.stage), times);
   }
@@ -505,8 +508,8 @@ __global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
     wait_for_previous();
     let_next_start();
   }
-  // Who has nothing to do makes room at once; one block waits for the kernel before in any case, so
-  // that this one does not end before it.
+  // Who has nothing to do makes room at once. Leaving counts as let_next_start(), so one block
+  // waits for the kernel before in any case.
   if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= num_units(p)) return;
   const Memory<C, D> memory(smem);
   if (threadIdx.x == 0) {

@@ -25,7 +25,8 @@ inline constexpr bool is_attention_head_dim(int head_dim) {
   return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
 }
 
-// A CTA of the decode kernel: one 16-row tile, a ring of `stages` pairs of a K and a V tile.
+// A CTA of a decode kernel: one 16-row tile, a ring of `stages` pairs of a K and a V tile, or on
+// Hopper of single tiles.
 struct DecodePlan {
   int stages = 0;
   int smem = 0;         // bytes of dynamic shared memory

@@ -25,7 +25,8 @@ void allow_smem(Kernel kernel, size_t bytes, const char* name) {
 // no kernel may call it before its own wait_for_previous(): so what starts early runs beside the
 // one kernel before it, and all older ones have ended. Before its wait a kernel that was launched
 // with launch() may therefore read what that one kernel does not write, and writes nothing. Where
-// such reading depends on who the kernel before is, the caller says so: `settled`.
+// such reading depends on who the kernel before is, the caller says so: `settled`. (A block that
+// ends counts as if it had called let_next_start(); some block must wait.)
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

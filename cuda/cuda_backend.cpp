@@ -359,6 +359,8 @@ void CudaBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a,
                     "attention: qkv");
   check_activations(out, in.num_tokens, a.num_heads * kv.head_dim, "attention: out");
   check_arg(in.device != nullptr, "attention: the step's inputs are not in device memory");
+  check_arg(in.num_seqs <= info_.tiling.max_items, "attention: ", in.num_seqs,
+            " sequences; at most ", info_.tiling.max_items);
   AttnParams p;
   p.q = qkv.data;
   p.q_stride = qkv.row_stride;
@@ -376,8 +378,7 @@ void CudaBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a,
     const int64_t items = info_.tiling.max_items;
     void* workspace =
         reserve(decode_, decode_workspace_bytes(items, items, a.num_heads, kv.head_dim));
-    attention_decode(p, std::min(in.max_query_len, info_.tiling.decode_rows), items, workspace,
-                     card_, stream_);
+    attention_decode(p, in.max_decode_query_len, items, workspace, card_, stream_);
   }
 }
 

@@ -65,8 +65,9 @@ struct AttnParams {
   bool settled = false;
 };
 
-// Sequences cut along the cache: step->decode_items. max_query_len: longest query among them.
-// workspace: decode_workspace_bytes(), zero at first and left so where it must be.
+// Sequences cut along the cache: step->decode_items. max_query_len: the longest query among them.
+// workspace: decode_workspace_bytes(), zero at first and left so where it must be. max_items: of
+// kDecodeRows query rows each; of shorter queries as many times more fit.
 size_t decode_workspace_bytes(int64_t max_items, int64_t max_seqs, int32_t num_heads,
                               int32_t head_dim);
 void attention_decode(const AttnParams& p, int32_t max_query_len, int64_t max_seqs, void* workspace,

@@ -30,21 +30,19 @@ class Sequences {
     std::vector<int32_t> starts;
     for (int32_t s = 0; s <= seqs; ++s) starts.push_back(s * query);
     const std::vector<int32_t> contexts(static_cast<size_t>(seqs), context);
+    StepInputs in;
     std::vector<AttnItem> decode, prefill;
     build_attn_items(starts.data(), contexts.data(), seqs,
-                     {kKvChunk, kPrefillRows, kDecodeRows, kMaxItems}, decode, prefill);
+                     {kKvChunk, kPrefillRows, kDecodeRows, kMaxItems}, decode, prefill, in);
     starts_ = Device<int32_t>(starts);
     contexts_ = Device<int32_t>(contexts);
     num_items_ = static_cast<int32_t>(decode.size() + prefill.size());
     items_ = Device<AttnItem>(decode.empty() ? prefill : decode);
-    StepInputs in;
     in.num_tokens = seqs * query;
     in.num_seqs = seqs;
     in.max_query_len = query;
     in.max_context_len = context;
     in.block_table_stride = blocks_of(context);
-    in.num_decode_items = static_cast<int32_t>(decode.size());
-    in.num_prefill_items = static_cast<int32_t>(prefill.size());
     in.cu_seqlens_q = starts_.data();
     in.context_lens = contexts_.data();
     in.block_tables = tables_.data();

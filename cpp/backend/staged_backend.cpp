@@ -368,10 +368,11 @@ void StagedBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& 
   const int64_t q_cols = int64_t{a.num_heads} * kv.head_dim;
   check_arg(qkv.rows() == in.num_tokens && qkv.cols() >= q_cols, "attention: qkv is [", qkv.rows(),
             ", ", qkv.cols(), "], wants [", in.num_tokens, ", at least ", q_cols, "]");
+  StepInputs there = in;
   std::vector<AttnItem> decode, prefill;
   const AttnTiling& tiling = inner_->info().tiling;
   if (tiling.kv_chunk > 0)
-    build_attn_items(in.cu_seqlens_q, in.context_lens, in.num_seqs, tiling, decode, prefill);
+    build_attn_items(in.cu_seqlens_q, in.context_lens, in.num_seqs, tiling, decode, prefill, there);
   Call call(*this, "attention");
   // Only q may be read: k and v of the rows are NaN.
   const size_t q =
@@ -384,15 +385,12 @@ void StagedBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& 
   const size_t decode_items = call.array(decode.data(), static_cast<int64_t>(decode.size()));
   const size_t prefill_items = call.array(prefill.data(), static_cast<int64_t>(prefill.size()));
   call.place();
-  StepInputs there = in;
   there.cu_seqlens_q = call.pointer<int32_t>(starts);
   there.context_lens = call.pointer<int32_t>(contexts);
   there.block_tables = call.pointer<int32_t>(tables);
   there.positions = call.pointer<int32_t>(positions);
   there.decode_items = call.pointer<AttnItem>(decode_items);
   there.prefill_items = call.pointer<AttnItem>(prefill_items);
-  there.num_decode_items = static_cast<int32_t>(decode.size());
-  there.num_prefill_items = static_cast<int32_t>(prefill.size());
   there.max_query_len = there.max_context_len = 0;
   for (int32_t s = 0; s < in.num_seqs; ++s) {
     there.max_query_len =

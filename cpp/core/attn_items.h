@@ -27,8 +27,8 @@ inline void leave_short_ones_whole(std::vector<AttnItem>& items, int32_t max_ite
             [](const AttnItem& a, const AttnItem& b) { return a.seq < b.seq; });
 }
 
-// Refills both lists (they keep their capacity, nothing else is allocated). The tiling's
-// kv_chunk is above 0.
+// Refills both lists (they keep their capacity, nothing else is allocated), and in `in` what
+// StepInputs says of them but their addresses. The tiling's kv_chunk is above 0.
 //
 // decode: for each sequence of 1 to decode_rows query rows, one item a chunk of its context,
 // ascending. Where these would be more than most_items(), the longest sequences are cut that can be
@@ -37,24 +37,27 @@ inline void leave_short_ones_whole(std::vector<AttnItem>& items, int32_t max_ite
 // ties in the order of sequences and tiles.
 inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context_lens,
                              int32_t num_seqs, const AttnTiling& tiling,
-                             std::vector<AttnItem>& decode, std::vector<AttnItem>& prefill) {
+                             std::vector<AttnItem>& decode, std::vector<AttnItem>& prefill,
+                             StepInputs& in) {
   decode.clear();
   prefill.clear();
   const auto query_len = [&](int32_t s) { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; };
   int64_t chunks = 0;
-  int32_t max_query_len = 0;
+  in.max_decode_query_len = 0;
   for (int32_t s = 0; s < num_seqs; ++s) {
-    max_query_len = std::max(max_query_len, query_len(s));
     if (query_len(s) <= 0 || context_lens[s] <= 0) continue;
     if (query_len(s) <= tiling.decode_rows) {
+      in.max_decode_query_len = std::max(in.max_decode_query_len, query_len(s));
       decode.push_back({s, (context_lens[s] + tiling.kv_chunk - 1) / tiling.kv_chunk});
       chunks += decode.back().index;
     } else {
       for (int32_t i = 0; i * tiling.q_tile < query_len(s); ++i) prefill.push_back({s, i});
     }
   }
-  const int32_t most = tiling.most_items(max_query_len);
+  const int32_t most = tiling.most_items(in.max_decode_query_len);
   if (chunks > most) leave_short_ones_whole(decode, most);
+  in.num_whole_items = static_cast<int32_t>(std::count_if(
+      decode.begin(), decode.end(), [](const AttnItem& item) { return item.index < 0; }));
   // From an item a sequence to an item a chunk, in place and so from the end.
   size_t from = decode.size(), to = 0;
   for (const AttnItem& item : decode) to += static_cast<size_t>(std::max(item.index, 1));
@@ -73,6 +76,8 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
     if (last_a != last_b) return last_a > last_b;
     return a.seq != b.seq ? a.seq < b.seq : a.index < b.index;
   });
+  in.num_decode_items = static_cast<int32_t>(decode.size());
+  in.num_prefill_items = static_cast<int32_t>(prefill.size());
 }
 
 }  // namespace ni

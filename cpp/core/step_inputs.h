@@ -46,15 +46,14 @@ struct AttnTiling {
   int32_t kv_chunk = 0;     // tokens of a chunk of the cache, at absolute multiples of it
   int32_t q_tile = 0;       // query rows of a tile
   int32_t decode_rows = 0;  // sequences with at most so many query rows are cut along the cache
-  // Most chunks that may be listed, where some sequence has decode_rows rows or more; where the
-  // longest has fewer, as many times more. Beyond that the shortest sequences are not cut: one item
-  // with the index -1.
+  // Most chunks that may be listed where one of the sequences that are cut has decode_rows rows;
+  // where the longest has fewer, as many times more. Beyond that the shortest sequences are left
+  // whole: one item with the index -1.
   int32_t max_items = 0;
 
-  // Of a step whose longest query has so many rows.
-  int32_t most_items(int32_t max_query_len) const {
+  int32_t most_items(int32_t max_decode_query_len) const {
     if (decode_rows <= 0) return 0;
-    return max_items * decode_rows / std::clamp(max_query_len, 1, decode_rows);
+    return max_items * decode_rows / std::clamp(max_decode_query_len, 1, decode_rows);
   }
 };
 
@@ -83,7 +82,9 @@ struct StepInputs {
   int32_t max_query_len = 0;  // longest query of a sequence in this step
   int32_t max_context_len = 0;
   int32_t block_table_stride = 0;
+  int32_t max_decode_query_len = 0;  // longest query of a sequence in decode_items
   int32_t num_decode_items = 0;
+  int32_t num_whole_items = 0;  // those of them that are a whole sequence, index -1
   int32_t num_prefill_items = 0;
 
   // [T]; an id below 0 stands for sampled_ids[-1 - id]: a token of the step before, which the host
@@ -96,8 +97,9 @@ struct StepInputs {
   const int32_t* context_lens = nullptr;  // [S] tokens in the cache, those of this step included
   const int32_t* block_tables = nullptr;  // [S, block_table_stride]
   const BlockCopy* copies = nullptr;      // [num_copies]
-  // Every KV chunk of every sequence of at most tiling.decode_rows query rows; every tile of query
-  // rows of the others, those with the longest contexts first. Null where no tiling was asked for.
+  // Of every sequence of at most tiling.decode_rows query rows: all chunks of its context, one
+  // after the other, or one item for the whole. Every tile of query rows of the others, those with
+  // the longest contexts first. Null where no tiling was asked for.
   const AttnItem* decode_items = nullptr;   // [num_decode_items]
   const AttnItem* prefill_items = nullptr;  // [num_prefill_items]
 

@@ -69,7 +69,8 @@ size_t working_bytes(const BackendInfo& info, const ModelConfig& model, int logi
   constexpr size_t kLibraries = 256'000'000;
   const auto logits = static_cast<size_t>(logits_rows) * static_cast<size_t>(model.vocab_size);
   const int64_t chunk_rows = int64_t{info.tiling.max_items} * info.tiling.decode_rows;
-  const auto sums = static_cast<size_t>(chunk_rows * (model.q_size() + 2 * model.num_heads));
+  const int64_t row = (model.num_heads + 1) / 2 * 2 * (model.q_size() / model.num_heads + 2);
+  const auto sums = static_cast<size_t>(chunk_rows * row);
   return kLibraries + 4 * (logits + sums);
 }
 

@@ -104,14 +104,14 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   if (tiling_.kv_chunk > 0)
     build_attn_items(cu_seqlens_q_.data(), context_lens_.data(),
                      static_cast<int32_t>(context_lens_.size()), tiling_, decode_items_,
-                     prefill_items_);
+                     prefill_items_, inputs_);
+  // A captured step's sizes are those of its key.
+  if (padded_rows > 0) inputs_.max_decode_query_len = 1;
 
   inputs_.num_tokens = static_cast<int32_t>(token_ids_.size());
   inputs_.num_seqs = static_cast<int32_t>(context_lens_.size());
   inputs_.num_logits = static_cast<int32_t>(sampling_.size());
   inputs_.num_copies = static_cast<int32_t>(copies_.size());
-  inputs_.num_decode_items = static_cast<int32_t>(decode_items_.size());
-  inputs_.num_prefill_items = static_cast<int32_t>(prefill_items_.size());
   pack();
 }
 

@@ -317,7 +317,8 @@ class GraphBackend : public HookedBackend {
         tiles += (rows + info_.tiling.q_tile - 1) / info_.tiling.q_tile;
     }
     check_invariant(tiles == in.num_prefill_items, "tiles are missing");
-    check_invariant(chunks == in.num_decode_items || chunks > info_.tiling.max_items - in.num_seqs,
+    check_invariant(chunks == in.num_decode_items ||
+                        chunks > info_.tiling.most_items(in.max_decode_query_len) - in.num_seqs,
                     "chunks are missing");
     for (int i = 1; i < in.num_decode_items; ++i)
       check_invariant(in.decode_items[i - 1].seq < in.decode_items[i].seq ||

@@ -103,6 +103,7 @@ TEST(Staged, SeesStrayWritesAndForgottenElements) {
 
 struct Lists {
   std::vector<std::pair<int32_t, int32_t>> decode, prefill;
+  StepInputs in;
 };
 
 Lists lists(const std::vector<int32_t>& query_lens, const std::vector<int32_t>& contexts,
@@ -110,9 +111,9 @@ Lists lists(const std::vector<int32_t>& query_lens, const std::vector<int32_t>& 
   std::vector<int32_t> starts{0};
   for (const int32_t n : query_lens) starts.push_back(starts.back() + n);
   std::vector<AttnItem> decode{{9, 9}}, prefill{{9, 9}};
-  build_attn_items(starts.data(), contexts.data(), static_cast<int32_t>(contexts.size()), tiling,
-                   decode, prefill);
   Lists out;
+  build_attn_items(starts.data(), contexts.data(), static_cast<int32_t>(contexts.size()), tiling,
+                   decode, prefill, out.in);
   for (const AttnItem& i : decode) out.decode.emplace_back(i.seq, i.index);
   for (const AttnItem& i : prefill) out.prefill.emplace_back(i.seq, i.index);
   return out;
@@ -156,13 +157,26 @@ TEST(AttnItems, WithoutRoomASequenceIsNotCut) {
 
 TEST(AttnItems, ShortQueriesMayHaveMoreItems) {
   const std::vector<int32_t> contexts{1100, 600};  // 5 and 3 chunks
-  const auto count = [&](std::vector<int32_t> rows) {
-    return lists(rows, contexts, {256, 64, 4, 2}).decode.size();
+  const auto build = [&](std::vector<int32_t> rows) {
+    return lists(rows, contexts, {256, 64, 4, 2});
   };
-  EXPECT_EQ(count({1, 1}), 8u);  // 2 * 4 / 1
-  EXPECT_EQ(count({1, 2}), 4u);  // 2 * 4 / 2: the shorter is cut
-  EXPECT_EQ(count({3, 1}), 2u);
-  EXPECT_EQ(lists({1, 9}, contexts, {256, 64, 4, 2}).decode, (Items{{0, -1}}));
+  EXPECT_EQ(build({1, 1}).decode.size(), 8u);  // 2 * 4 / 1
+  EXPECT_EQ(build({1, 2}).decode.size(), 4u);  // 2 * 4 / 2: the shorter is cut
+  EXPECT_EQ(build({3, 1}).decode.size(), 2u);
+  EXPECT_EQ(build({9, 1}).decode.size(), 3u);  // the first is not cut along its context
+}
+
+TEST(AttnItems, CountsGoWithTheLists) {
+  const auto expect = [](const Lists& l, int32_t rows, int32_t whole) {
+    EXPECT_EQ(l.in.num_decode_items, static_cast<int32_t>(l.decode.size()));
+    EXPECT_EQ(l.in.num_prefill_items, static_cast<int32_t>(l.prefill.size()));
+    EXPECT_EQ(l.in.max_decode_query_len, rows);
+    EXPECT_EQ(l.in.num_whole_items, whole);
+  };
+  expect(lists({1, 2, 9}, {1100, 600, 40}, {256, 64, 4, 4}), 2, 0);
+  expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 4}), 4, 1);
+  expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 2}), 4, 2);
+  expect(lists({9}, {40}, {256, 64, 4, 2}), 0, 0);
 }
 
 TEST(AttnItems, PaddingRowsGetNone) {

@@ -160,6 +160,9 @@ class Scene {
     in.block_tables = d_tables.data();
     (is_decode(path) ? in.num_decode_items : in.num_prefill_items) = num_items;
     (is_decode(path) ? in.decode_items : in.prefill_items) = d_items.data();
+    in.max_decode_query_len = in.max_query_len;
+    in.num_whole_items = static_cast<int32_t>(std::count_if(
+        items.begin(), items.end(), [](const AttnItem& item) { return item.index < 0; }));
     const DeviceArray<StepInputs> d_in(std::vector<StepInputs>{in});
     DeviceMatrix d_q(in.num_tokens, q_stride, shape_.dtype);
     d_q.fill(q);
@@ -182,14 +185,15 @@ class Scene {
       }
       return take_rows(out, cols);
     }
-    DeviceBytes workspace(
-        cuda::decode_workspace_bytes(num_items, num_seqs, shape_.heads, shape_.head_dim));
+    // As many items as fit with these queries, and no more.
+    const int32_t max_items =
+        (num_items * in.max_query_len + cuda::kDecodeRows - 1) / cuda::kDecodeRows;
+    const auto bytes = [&](int32_t of_items) {
+      return cuda::decode_workspace_bytes(of_items, num_seqs, shape_.heads, shape_.head_dim);
+    };
+    const size_t counter_bytes = bytes(0), partial_bytes = bytes(max_items) - counter_bytes;
+    DeviceBytes workspace(counter_bytes + partial_bytes);
     const auto counters = static_cast<size_t>(num_seqs * shape_.heads);
-    const size_t counter_bytes =
-        cuda::decode_workspace_bytes(0, num_seqs, shape_.heads, shape_.head_dim);
-    const size_t partial_bytes =
-        cuda::decode_workspace_bytes(num_items, num_seqs, shape_.heads, shape_.head_dim) -
-        counter_bytes;
     check_device(cudaMemset(workspace.data(), 0, counters * sizeof(int32_t)));
     // Several times, then with the kernel of older cards: each finds the counters as the last one
     // left them, and nothing that it may read.
@@ -369,7 +373,7 @@ class Scene {
 // Head sizes, types and cache types, with groups, blocks, windows and caps that change along.
 std::vector<Shape> shapes(int repeats = 2) {
   std::vector<Shape> all;
-  const int32_t heads[][2] = {{4, 4}, {8, 2}, {8, 1}, {6, 2}, {14, 2}, {20, 1}};
+  const int32_t heads[][2] = {{4, 4}, {8, 2}, {9, 3}, {6, 2}, {15, 3}, {20, 1}};
   const int32_t block_sizes[] = {16, 32, 48, 64, 256};
   const int32_t windows[] = {0, 0, 100, 0, 256, 1, 300};
   const float caps[] = {0, 0, 0, 20, 0};
