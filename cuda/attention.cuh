@@ -13,8 +13,8 @@
 //
 // fp8 caches stay fp8 in shared memory and become 16-bit in registers (exactly). A 16-byte row
 // segment then holds 16 dimensions instead of 8, which permutes what a lane has: dimensions of a
-// group of 16 for q.k (q is permuted alike: permute_q, or as it is read), columns of the output (see
-// store_unit).
+// group of 16 for q.k (q is permuted alike: permute_q, or as it is read), columns of the output
+// (see store_unit).
 #pragma once
 
 #include <cuda_fp8.h>
