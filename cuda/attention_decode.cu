@@ -27,6 +27,7 @@ DecodeParams decode_params(const AttnParams& p, int32_t max_query_len, int64_t m
           group,
           max_query_len,
           (max_query_len * group + kMmaRows - 1) / kMmaRows,
+          decode_partial_rows(max_query_len, p.args.num_heads),
           0,
           static_cast<int32_t*>(workspace),
           reinterpret_cast<float*>(static_cast<char*>(workspace) + counter_bytes(max_seqs))};
@@ -36,9 +37,7 @@ DecodeParams decode_params(const AttnParams& p, int32_t max_query_len, int64_t m
 
 size_t decode_workspace_bytes(int64_t max_items, int64_t max_seqs, int32_t num_heads,
                               int32_t head_dim) {
-  const int64_t rows =
-      kDecodeRows * ((num_heads + 1) / 2 * 2);  // as many queries, or items, as fit
-  const int64_t partials = max_items * rows * (head_dim + 2) * 4;
+  const int64_t partials = max_items * decode_item_bytes(num_heads, head_dim);
   return static_cast<size_t>(counter_bytes(max_seqs) + partials);
 }
 

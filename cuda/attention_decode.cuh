@@ -18,6 +18,7 @@ struct DecodeParams {
   int group;          // heads of a kv head
   int max_query_len;  // query rows of a sequence
   int row_tiles;      // of 16 rows, for the longest query
+  int partial_rows;   // decode_partial_rows()
   int stages;         // of decode_sm80's ring
   // [max_seqs][kMaxAttentionHeads], of which [max_seqs][num_heads] are used: chunks that are done
   // of a (sequence, kv head, row tile).
@@ -25,12 +26,8 @@ struct DecodeParams {
   // Of an item: (m, l) [partial_rows], then O [partial_rows][d]; row: partial_row().
   float* partials;
 
-  // Even, so that O of every item is 16-byte aligned.
-  __device__ int64_t partial_rows() const {
-    return (static_cast<int64_t>(max_query_len) * attn.args.num_heads + 1) / 2 * 2;
-  }
   __device__ float* partial(int item) const {
-    return partials + item * partial_rows() * (attn.kv.head_dim + 2);
+    return partials + static_cast<int64_t>(item) * partial_rows * (attn.kv.head_dim + 2);
   }
 };
 
@@ -226,7 +223,7 @@ template <typename C, int D>
 __device__ __forceinline__ void write_partial(const DecodeParams& p, const Work& w, int item,
                                               const Sums<D>& total) {
   float* partial = p.partial(item);
-  float* sums = partial + 2 * p.partial_rows();
+  float* sums = partial + 2 * p.partial_rows;
   total.for_each_unit(
       w, w.rows_of_tile(p.group), [&](int half, int packed, int unit, const Unit& o) {
         const int64_t row = partial_row(p, w, packed);
@@ -249,12 +246,12 @@ template <typename T, int D, int kAhead>
 __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Work& w) {
   constexpr int kVectors = D / 4;
   const int rows = w.rows_of_tile(p.group);
-  const int64_t stride = p.partial_rows() * (D + 2) * 4;  // bytes from chunk to chunk
+  const int64_t stride = int64_t{p.partial_rows} * (D + 2) * 4;  // bytes from chunk to chunk
   for (int i = threadIdx.x; i < rows * kVectors; i += 32 * kDecodeWarps) {
     const int packed = w.row_tile * kMmaRows + i / kVectors, vector = i % kVectors;
     const float* partial = p.partial(w.first_item + w.first_chunk);
     const float2* ml = reinterpret_cast<const float2*>(partial) + partial_row(p, w, packed);
-    const float4* sums = reinterpret_cast<const float4*>(partial + 2 * p.partial_rows()) +
+    const float4* sums = reinterpret_cast<const float4*>(partial + 2 * p.partial_rows) +
                          partial_row(p, w, packed) * kVectors + vector;
     float m = 0, l = 0, a[4];
     for (int base = 0; base < w.num_chunks; base += kAhead) {

@@ -46,6 +46,16 @@ inline constexpr int decode_sm90_extra_smem(int head_dim) {
          kMmaRows * kDecodeWarps * 4 + 1024;
 }
 
+// Rows of sums (m, l, O) that an item leaves: even, so that they are 16-byte aligned in every item.
+inline constexpr int decode_partial_rows(int max_query_len, int num_heads) {
+  return (max_query_len * num_heads + 1) / 2 * 2;
+}
+// Bytes of an item of kDecodeRows query rows; of shorter queries as many times more items fit
+// there.
+inline constexpr int64_t decode_item_bytes(int num_heads, int head_dim) {
+  return int64_t{kDecodeRows} * decode_partial_rows(1, num_heads) * (head_dim + 2) * 4;
+}
+
 // A CTA of the mma.sync prefill kernel: 16 query rows a warp.
 struct PrefillPlan {
   int rows = 0;    // query rows of a CTA, a divisor of kPrefillRows

@@ -66,6 +66,20 @@ TEST(AttentionPlan, DecodeFitsHopper) {
     }
 }
 
+// As the kernels lay them out: rows of (m, l), then rows of O, item after item.
+TEST(AttentionPlan, SumsOfItemsAreAlignedAndFit) {
+  for (const int head_dim : {64, 96, 128, 256})
+    for (int heads = 1; heads <= 256; ++heads)
+      for (int queries = 1; queries <= kDecodeRows; ++queries) {
+        const int64_t rows = decode_partial_rows(queries, heads), item = rows * (head_dim + 2) * 4;
+        ASSERT_GE(rows, queries * heads);
+        ASSERT_EQ(item % 16, 0) << heads << " heads, " << queries << " queries";
+        ASSERT_EQ(rows * 2 * 4 % 16, 0) << heads << " heads, " << queries << " queries";
+        const int64_t most = int64_t{2048} * kDecodeRows / queries;
+        ASSERT_LE(most * item, 2048 * decode_item_bytes(heads, head_dim));
+      }
+}
+
 TEST(AttentionPlan, PrefillFitsEveryCard) {
   for_each_case([](const CardMemory& card, int head_dim, int kv_bytes) {
     const PrefillPlan plan = plan_prefill(card.max_smem, head_dim, kv_bytes);
