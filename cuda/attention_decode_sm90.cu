@@ -529,7 +529,7 @@ __global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
 }
 
 // A [blocks][kv heads][slots][d] cache, copied in boxes of 16 slots of one head, a row as parts of
-// up to 128 bytes.
+// up to 128 bytes (the third dimension, whose stride is less than the second's: that is allowed).
 template <typename C, int D>
 CUtensorMap cache_map(const void* data, const KvView& kv) {
   constexpr int kBytes = static_cast<int>(sizeof(C));
