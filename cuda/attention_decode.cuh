@@ -93,9 +93,8 @@ __device__ __forceinline__ bool find_unit(const DecodeParams& p, int unit, Work&
 }
 
 // Counts a part that has been written. True for the last one of its result: the others can be read
-// then. For one thread, barriers to and from which order the accesses of the others. Not for every
-// chunk of many: a release waits for all of the multiprocessor's accesses that are on their way
-// (it cost 30% of the bandwidth, once every 128 KB).
+// then. For one thread, barriers to and from which order the accesses of the others. Better not for
+// every chunk of many: a release waits for accesses that are on their way (docs/kernels.md).
 __device__ __forceinline__ bool count_part(const DecodeParams& p, const Work& w) {
   int32_t* counter = p.counters + static_cast<int64_t>(w.seq) * p.attn.args.num_heads +
                      w.kv_head * p.row_tiles + w.row_tile;

@@ -396,7 +396,7 @@ class Computer {
 
   // This warp is done with the tile; `times`: for so many warps.
   __device__ __forceinline__ void release(int times) const {
-    fence_async_proxy();  // what was read here, q too, was read before the next copy writes
+    fence_async_proxy();  // the next copy writes after all that was read (q, too) or cleared here
     __syncwarp();
     if (lane_ == 0) arrive(memory_.empty(place_.stage), times);
   }

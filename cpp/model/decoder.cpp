@@ -110,8 +110,9 @@ void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   backend_.linear(attn, w.o, {}, delta);
   backend_.add_norm(delta, residual, w.mlp_norm, norm_args_, normed);
 
-  LinearArgs gated = gate_up_args(w);
-  gated.norm = nullptr;
+  LinearArgs gated;
+  gated.gated = true;
+  gated.act = config_.act;
   if (config_.gated_mlp && backend_.fuses(w.gate_up, gated, t)) {
     backend_.linear(normed, w.gate_up, gated, act);
   } else {
