@@ -909,7 +909,8 @@ def test_latency_command(model_dir: Path) -> None:
     found = json.loads(result.stdout)["summary"]
     times = found["iterations_ms"]
     assert len(times) == 4 and all(t > 0 for t in times)
-    assert math.isclose(found["latency_ms"]["p90"], np.percentile(times, 90), rel_tol=1e-3)
+    # The times are written to a microsecond, what is made of them is not.
+    assert math.isclose(found["latency_ms"]["p90"], np.percentile(times, 90), abs_tol=0.0006)
     per_token = found["ms_per_output_token"]["mean"]
     assert math.isclose(per_token * 5, found["latency_ms"]["mean"], rel_tol=1e-9)
     assert math.isclose(found["output_throughput"], 3e3 / per_token, rel_tol=1e-9)
