@@ -1,7 +1,8 @@
 // CUDA kernels on the CPU, so that their tests run where there is no card: what translate.py makes
 // of them is compiled by the host compiler, with this header before all else. A block's threads are
-// fibers that take turns where they wait for each other; blocks run one after the other. It shows
-// what a kernel computes and touches, not races, and nothing of its speed.
+// fibers that take turns, in an order of chance, where they wait for each other; blocks run one
+// after the other. It shows what a kernel computes and touches, and some races: those in which
+// somebody runs ahead for lack of a barrier. Of its speed it shows nothing.
 //
 // Not as on a card: copies happen when they are asked for; the tensor core rounds 16 products and
 // the sum so far once; special functions are exact; __shared__ variables keep what the block before

@@ -322,7 +322,7 @@ Instruction find(std::string_view text) {
          arrive(n[0], n[1]);
        }},
       {"wgmma.mma_async", multiply_group},
-      {"wgmma.", [](const Call&) {}},
+      {"wgmma.", [](const Call&) { exchange(0); }},  // by a whole warp
       {"setmaxnreg", [](const Call&) {}},
   };
   if (text.empty()) return [](const Call&) {};

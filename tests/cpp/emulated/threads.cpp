@@ -87,12 +87,24 @@ int running_lane(int warp, int lane) {
   return -1;
 }
 
-// To the next warp; of it, to the lane after the one that ran last.
+// Numbers that decide who goes on, the same in every run: $NI_EMULATED_SEED gives others.
+uint32_t chance() {
+  static uint32_t state = [] {
+    const char* seed = std::getenv("NI_EMULATED_SEED");
+    return seed == nullptr ? 1u : static_cast<uint32_t>(std::atoi(seed));
+  }();
+  state = state * 1664525u + 1013904223u;
+  return state >> 16;
+}
+
+// To another warp, any, so that one may be far ahead or behind; of it, to the lane after the one
+// that ran last.
 void switch_warp() {
   const int num_warps = (count + 31) / 32;
   warps[current / 32].next_lane = current % 32 + 1;
-  for (int i = 1; i <= num_warps; ++i) {
-    const int warp = (current / 32 + i) % num_warps;
+  const int first = static_cast<int>(chance()) % num_warps;
+  for (int i = 0; i < num_warps; ++i) {
+    const int warp = (first + i) % num_warps;
     if (warps[warp].running > 0) return switch_to(running_lane(warp, warps[warp].next_lane));
   }
   ni_switch_fiber(&fibers[current].stack, launcher);  // none runs any more
@@ -152,6 +164,7 @@ void arrive(int barrier, int threads) {
 }
 
 const uint64_t* exchange(uint64_t value) {
+  if (chance() % 64 == 0) switch_warp();  // others need not wait until this warp does
   Warp& warp = warps[current / 32];
   uint64_t* values = warp.values[warp.barrier.round % 2];
   values[lane()] = value;
