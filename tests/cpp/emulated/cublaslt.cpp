@@ -2,15 +2,12 @@
 // contiguous. One algorithm, whose sum is that of the tensor core in groups of 16 ascending k.
 #include <cublasLt.h>
 
-#include <array>
+#include <algorithm>
 #include <cstring>
 
 #include "emulated.h"
 
 namespace {
-
-using ni::emulated::bits_of;
-using ni::emulated::from_bits;
 
 struct Layout {
   cudaDataType type;
@@ -27,16 +24,13 @@ static_assert(sizeof(Problem) <= sizeof(cublasLtMatmulDescOpaque_t));
 
 float load(const void* from, cudaDataType type, int64_t i) {
   if (type == CUDA_R_32F) return static_cast<const float*>(from)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(from)[i];
-  return type == CUDA_R_16BF ? __bfloat162float(from_bits<__nv_bfloat16>(bits))
-                             : __half2float(from_bits<__half>(bits));
+  return ni::emulated::widen(static_cast<const uint16_t*>(from)[i], type == CUDA_R_16BF);
 }
 void store(void* to, cudaDataType type, int64_t i, float v) {
   if (type == CUDA_R_32F) {
     static_cast<float*>(to)[i] = v;
   } else {
-    static_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(
-        type == CUDA_R_16BF ? bits_of(__float2bfloat16_rn(v)) : bits_of(__float2half_rn(v)));
+    static_cast<uint16_t*>(to)[i] = ni::emulated::narrow(v, type == CUDA_R_16BF);
   }
 }
 

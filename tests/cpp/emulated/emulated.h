@@ -42,6 +42,15 @@ extern dim3 blockDim, gridDim;
 
 namespace ni::emulated {
 
+inline float widen(uint16_t bits, bool is_bf16) {
+  return is_bf16 ? std::bit_cast<float>(static_cast<uint32_t>(bits) << 16)
+                 : __half2float(std::bit_cast<__half>(bits));
+}
+inline uint16_t narrow(float v, bool is_bf16) {
+  return is_bf16 ? std::bit_cast<uint16_t>(__float2bfloat16_rn(v))
+                 : std::bit_cast<uint16_t>(__float2half_rn(v));
+}
+
 // An instruction's operand: a value, or where a result goes.
 struct Operand {
   void* to;

@@ -12,8 +12,6 @@
 namespace ni::emulated {
 namespace {
 
-using Operands = std::initializer_list<Operand>;
-
 struct Call {
   std::string_view text;
   const Operand* operands;
@@ -53,15 +51,6 @@ struct Call {
     return found;
   }
 };
-
-float widen(uint16_t bits, bool is_bf16) {
-  return is_bf16 ? from_bits<float>(static_cast<uint64_t>(bits) << 16)
-                 : __half2float(from_bits<__half>(bits));
-}
-uint16_t narrow(float v, bool is_bf16) {
-  return static_cast<uint16_t>(is_bf16 ? bits_of(__float2bfloat16_rn(v))
-                                       : bits_of(__float2half_rn(v)));
-}
 
 // -- Arithmetic -----------------------------------------------------------------------------------
 
@@ -246,9 +235,9 @@ void count_bytes(unsigned char* barrier, int bytes) {
 }
 
 void copy_box(const Call& c) {  // to, map, coordinates, barrier
-  const TensorMap& map = tensor_map(*c.value<const CUtensorMap*>(1));
-  const size_t rank = map.sizes.size();
-  const auto row_bytes = map.boxes[0] * map.element_bytes;
+  const auto& map = *c.value<const TensorMap*>(1);
+  const auto rank = static_cast<size_t>(map.rank);
+  const int64_t row_bytes = int64_t{map.boxes[0]} * map.element_bytes;
   // 16-byte chunks change places by the number of their row of 128 bytes.
   const auto mask = static_cast<uint32_t>(row_bytes / 16 - 1);
   int64_t rows = 1;

@@ -3,9 +3,9 @@
 #include <cudaTypedefs.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -17,8 +17,6 @@
 
 namespace ni::emulated {
 namespace {
-
-std::deque<TensorMap> maps;
 
 using Graph = std::vector<std::function<void()>>;
 Graph* capturing = nullptr;
@@ -35,21 +33,18 @@ CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, voi
   for (cuuint32_t d = 0; d + 1 < rank; ++d)
     if (strides[d] % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0) return CUDA_ERROR_INVALID_VALUE;
-  const std::lock_guard lock(mutex);
-  maps.push_back({static_cast<const unsigned char*>(data),
-                  type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2,
-                  {sizes, sizes + rank},
-                  {strides, strides + rank - 1},
-                  {boxes, boxes + rank}});
-  map->opaque[0] = reinterpret_cast<uintptr_t>(&maps.back());
+  TensorMap m{};
+  m.data = static_cast<const unsigned char*>(data);
+  m.element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8 ? 1 : 2;
+  m.rank = static_cast<int32_t>(rank);
+  std::copy_n(sizes, rank, m.sizes);
+  std::copy_n(strides, rank - 1, m.strides);
+  std::copy_n(boxes, rank, m.boxes);
+  std::memcpy(map, &m, sizeof(m));
   return CUDA_SUCCESS;
 }
 
 }  // namespace
-
-const TensorMap& tensor_map(const CUtensorMap& map) {
-  return *reinterpret_cast<const TensorMap*>(map.opaque[0]);
-}
 
 void enqueue(std::function<void()> work) {
   const std::lock_guard lock(mutex);

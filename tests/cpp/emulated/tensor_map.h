@@ -1,18 +1,18 @@
-// What a CUtensorMap says.
+// What the emulated driver writes into a CUtensorMap.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
-#include <vector>
 
 namespace ni::emulated {
 
 struct TensorMap {
   const unsigned char* data;
-  int64_t element_bytes;
-  std::vector<int64_t> sizes, strides, boxes;  // strides: from the second dimension on, bytes
+  int32_t element_bytes, rank;
+  int64_t sizes[5], strides[4];  // strides: from the second dimension on, bytes
+  int32_t boxes[5];
 };
-const TensorMap& tensor_map(const CUtensorMap& map);
+static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
 
 }  // namespace ni::emulated
