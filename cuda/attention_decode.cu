@@ -35,6 +35,16 @@ DecodeParams decode_params(const AttnParams& p, int32_t max_query_len, int64_t m
 
 }  // namespace
 
+// A unit has q of all heads of a group, k, v and the angles of one token in its 16 rows, copied in
+// multiples of 16 bytes.
+bool fuses_rope(const AttnArgs& a, const RopeArgs& rope, const KvView& kv, int32_t max_query_len,
+                const Card& card) {
+  return card.arch == 90 && max_query_len == 1 && a.num_heads / kv.num_kv_heads + 4 <= kMmaRows &&
+         rope.rotary_dim % 8 == 0 && rope.rotary_dim <= kv.head_dim &&
+         is_vector_aligned(rope.cos, 8) && is_vector_aligned(rope.sin, 8) &&
+         int64_t{kv.num_blocks} * kv.block_size < int64_t{1} << 31;
+}
+
 size_t decode_workspace_bytes(int64_t max_items, int64_t max_seqs, int32_t num_heads,
                               int32_t head_dim) {
   const int64_t partials = max_items * decode_item_bytes(num_heads, head_dim);

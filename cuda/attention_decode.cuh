@@ -45,6 +45,7 @@ struct alignas(16) Work {
   int first_chunk, num_chunks;  // that some query row of the sequence sees
   int first_item;               // that of chunk 0
   int is_whole;                 // the item is the whole sequence
+  int slot;                     // with_rope: of the last token in the cache; below 0: none
 
   __device__ int rows(int group) const { return query_len * group; }
   __device__ int rows_of_tile(int group) const {
@@ -70,6 +71,7 @@ __device__ __forceinline__ bool find_work(const DecodeParams& p, Work& w) {
   w.first_chunk = first / kKvChunk;
   w.num_chunks = max(1, (w.context + kKvChunk - 1) / kKvChunk - w.first_chunk);
   w.first_item = w.item - max(item.index, 0);
+  if (p.attn.with_rope) w.slot = static_cast<int>(in.slot_mapping[w.query_begin]);
   w.is_whole = item.index < 0 ? 1 : 0;
   w.tile_begin = first / kTile;
   w.tile_end = max(w.tile_begin + 1, (w.context + kTile - 1) / kTile);

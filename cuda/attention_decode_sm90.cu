@@ -14,9 +14,13 @@
 // - One counts the chunks that are done of a result in which several CTAs have a part: fences and
 //   atomics take longer than tiles. The last one's computing warps merge, a piece of work later.
 // A CTA has a range of neighbouring chunks, so few results are shared.
+// With kRope the computing warps first do what rope_kv.cu does, to the bit: q's rows where they
+// lie, k and v into the cache and, since the tile that the engine brings has not seen them, into
+// that tile. So nothing of the cache waits for the kernel before.
 // Moves tokens * kv_heads * 2 d elements of the cache and about 3% of that for partial sums; bound
 // by memory bandwidth, by latency where the batch is small.
 #include "cuda/attention_decode.cuh"
+#include "cuda/rope.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/tensor_map.h"
 
@@ -55,7 +59,12 @@ struct Memory {
 
   __device__ uint32_t tile(int stage) const { return address + stage * kTileBytes; }
   __device__ uint32_t p(int tile) const { return address + kP + tile * kPBytes; }
+  // Rows of a unit: q; with kRope, behind those of the group: k, v, cosines and sines of the token.
   __device__ uint32_t q(int unit) const { return address + kQ + unit * kMmaRows * kQRow; }
+  template <typename Element>
+  __device__ Element* row(int unit, int row) const {
+    return reinterpret_cast<Element*>(base + kQ + (unit * kMmaRows + row) * kQRow);
+  }
   // Row maxima of the four tiles, [row].
   __device__ float4* tops() const { return reinterpret_cast<float4*>(base + kTops); }
   __device__ Work& work(int unit) const { return reinterpret_cast<Work*>(base + kWork)[unit]; }
@@ -91,7 +100,7 @@ __device__ __forceinline__ Work broadcast(const Work& w, int lane) {
   return {get(w.item),        get(w.kv_head),     get(w.row_tile),   get(w.seq),
           get(w.query_begin), get(w.query_len),   get(w.context),    get(w.tile_begin),
           get(w.tile_end),    get(w.first_chunk), get(w.num_chunks), get(w.first_item),
-          get(w.is_whole)};
+          get(w.is_whole),    get(w.slot)};
 }
 
 // The items in another order, in which a CTA takes a range of neighbours: sequences ascending; of
@@ -112,9 +121,27 @@ __device__ __forceinline__ bool find_chunk(const DecodeParams& p, int unit, Work
   return find_work(p, w);
 }
 
+// With a window ranges would be unequal, for many chunks lie before it; with whole sequences, for
+// those are longer. Then units are dealt out one by one.
+__device__ __forceinline__ bool has_ranges(const DecodeParams& p) {
+  return p.attn.args.window == 0 && p.attn.step->num_whole_items == 0;
+}
+// CTAs that have work. Two chunks a sequence: where CTAs would be idle, one takes both sooner than
+// two merge.
+__device__ __forceinline__ int num_ctas(const DecodeParams& p) {
+  const int units = num_units(p);
+  const bool pairs = has_ranges(p) && p.attn.step->max_decode_chunks == 2;
+  return min(static_cast<int>(gridDim.x), pairs ? (units + 1) / 2 : units);
+}
+
 // -- The warp that copies -------------------------------------------------------------------------
 
-template <typename C, int D>
+// The chunks of this work have the sequence's last token, of which attention with kRope makes k, v.
+__device__ __forceinline__ bool has_new_token(const Work& w) {
+  return w.context > 0 && w.tile_end * kTile >= w.context;
+}
+
+template <typename C, int D, bool kRope>
 class Copier {
  public:
   __device__ Copier(const DecodeParams& p, const Memory<C, D>& memory, const CUtensorMap* k_map,
@@ -122,10 +149,10 @@ class Copier {
       : p_(p), memory_(memory), k_map_(k_map), v_map_(v_map) {}
 
   __device__ void run() {
-    if (p_.attn.args.window > 0 || p_.attn.step->num_whole_items > 0) {
-      run_strided();
-    } else {
+    if (has_ranges(p_)) {
       run_range();
+    } else {
+      run_strided();
     }
     wait_for_q();
     Work end{};
@@ -137,10 +164,12 @@ class Copier {
   using Layout = typename Memory<C, D>::Layout;
   static constexpr int kStages = Memory<C, D>::kStages;
 
+  __device__ const RopeArgs& rope() const { return p_.attn.rope; }
+
   // As many chunks as any other CTA. They are looked up 32 at a time, a lane each: the chain of
   // loads is as long for one.
   __device__ __forceinline__ void run_range() {
-    const int64_t units = num_units(p_), ctas = min(static_cast<int64_t>(gridDim.x), units);
+    const int64_t units = num_units(p_), ctas = num_ctas(p_);
     if (blockIdx.x >= ctas) return;
     const int end = static_cast<int>((blockIdx.x + 1) * units / ctas);
     for (int unit = static_cast<int>(blockIdx.x * units / ctas); unit < end;) {
@@ -161,8 +190,6 @@ class Copier {
     }
   }
 
-  // With a window ranges would be unequal, for many chunks lie before it; with whole sequences, for
-  // those are longer.
   __device__ __forceinline__ void run_strided() {
     const int units = num_units(p_), stride = gridDim.x;
     for (int base = blockIdx.x; base < units; base += 32 * stride) {
@@ -186,24 +213,35 @@ class Copier {
     wait(memory_.unit_empty(unit_.stage), unit_.phase ^ 1);
     const int rows = w.item < 0 ? 0 : w.rows_of_tile(p_.group);
     const uint32_t full = memory_.unit_full(unit_.stage);
+    const int heads = kRope && rows > 0 && has_new_token(w) ? rows + 2 : rows;
+    const int angle_bytes = kRope && rows > 0 && rope().cos != nullptr ? 2 * rope().rotary_dim : 0;
     if (lane_ == 0) {
       memory_.work(unit_.stage) = w;
-      arrive_expecting(full, rows * 2 * D);
+      arrive_expecting(full, heads * 2 * D + 2 * angle_bytes);
     }
     __syncwarp();
-    if (lane_ < rows) {
-      const int row = w.row_tile * kMmaRows + lane_;
-      const int query = row / p_.group, head = w.kv_head * p_.group + row % p_.group;
-      copy_bytes(memory_.q(unit_.stage) + lane_ * Memory<C, D>::kQRow,
+    const uint32_t to = memory_.q(unit_.stage) + lane_ * Memory<C, D>::kQRow;
+    if (lane_ < heads) {
+      const int row = w.row_tile * kMmaRows + lane_, query = kRope ? 0 : row / p_.group;
+      int head = w.kv_head * p_.group + row % p_.group;
+      if (lane_ >= rows)  // k and v, behind all q
+        head = p_.attn.args.num_heads + (lane_ - rows) * p_.attn.kv.num_kv_heads + w.kv_head;
+      copy_bytes(to,
                  static_cast<const uint16_t*>(p_.attn.q) +
                      (w.query_begin + query) * p_.attn.q_stride + static_cast<int64_t>(head) * D,
                  2 * D, full);
+    } else if (const int angle = lane_ - rows - 2; angle_bytes > 0 && (angle == 0 || angle == 1)) {
+      copy_bytes(to,
+                 (angle == 0 ? rope().cos : rope().sin) +
+                     static_cast<int64_t>(max(w.context - 1, 0)) * (rope().rotary_dim / 2),
+                 angle_bytes, full);
     }
     unit_.advance(kDecodeUnits);
   }
 
   __device__ __forceinline__ void copy(const Work& w) {
-    const int old_tiles = (w.context - w.query_len) / kTile;
+    // With kRope tiles need nothing of this step.
+    const int old_tiles = kRope ? w.tile_end : (w.context - w.query_len) / kTile;
     bool announced = has_q_;
     if (announced) announce(w);
     const auto ensure_announced = [&] {
@@ -273,7 +311,7 @@ __device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
 
 // -- The warps that compute -----------------------------------------------------------------------
 
-template <typename T, typename C, int D>
+template <typename T, typename C, int D, bool kRope>
 class Computer {
  public:
   __device__ Computer(const DecodeParams& p, const Memory<C, D>& memory) : p_(p), memory_(memory) {}
@@ -281,10 +319,18 @@ class Computer {
   __device__ void run() {
     bool has_part = false;
     for (Place unit;; unit.advance(kDecodeUnits)) {
+      [[maybe_unused]] NormPairs q_norm, k_norm;  // on their way while others are waited for
+      if constexpr (kRope) {
+        load_norm(q_norm, p_.attn.rope.q_norm.weight);
+        load_norm(k_norm, p_.attn.rope.k_norm.weight);
+      }
       wait(memory_.unit_full(unit.stage), unit.phase);
       const Work& w = memory_.work(unit.stage);  // read where it is needed: registers are few
       if (w.item < 0) break;
+      unit_ = unit.stage;
+      if constexpr (kRope) rotate(w, q_norm, k_norm);
       load_q(memory_.q(unit.stage));
+      if constexpr (kRope) write_cache(w);
       attend(w);
       if (has_part) finish_part();
       has_part = w.is_part();
@@ -311,6 +357,123 @@ class Computer {
     wait(memory_.part_counted(), counted_phase_);
     counted_phase_ ^= 1;
     if (memory_.merge().item >= 0) merge_partials<T, D, 8>(p_, memory_.merge());
+  }
+
+  // -- With kRope: pairs of elements as rope.cuh has them.
+  static constexpr int kPairs = (D + 63) / 64;
+  using NormPairs = float2[kPairs];
+  __device__ __forceinline__ bool has_pair(int k) const {
+    return D % 64 == 0 || 2 * lane_ + 64 * k < D;
+  }
+  __device__ __forceinline__ void load_norm(NormPairs& pairs, const float* weight) const {
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k)
+      if (weight != nullptr && has_pair(k))
+        pairs[k] = __ldg(reinterpret_cast<const float2*>(weight + 2 * lane_ + 64 * k));
+  }
+
+  // The unit's q, and k and v of its new token, a row a warp.
+  __device__ __forceinline__ void rotate(const Work& w, const NormPairs& q_norm,
+                                         const NormPairs& k_norm) {
+    const RopeArgs& rope = p_.attn.rope;
+    const int group = p_.group, rows = has_new_token(w) ? group + 2 : group;
+    for (int row = warp_; row < rows; row += kDecodeWarps) {
+      const bool is_k = row == group, is_v = row > group;
+      T* x = memory_.template row<T>(unit_, row);
+      float2 v[kPairs], norm[kPairs];
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        norm[k] = is_k ? k_norm[k] : q_norm[k];
+        v[k] = {0, 0};
+        if (!has_pair(k)) continue;
+        const Vec<T, 2> e = *reinterpret_cast<const Vec<T, 2>*>(x + 2 * lane_ + 64 * k);
+        v[k] = {as_float(e.v[0]), as_float(e.v[1])};
+      }
+      if (!is_v && (is_k ? rope.k_norm : rope.q_norm).weight != nullptr)
+        normalise_head(v, norm, lane_, D, rope.norm_eps);
+      if (!is_v && rope.cos != nullptr) turn(v, group);
+      __syncwarp();  // all lanes have read
+      const float inverse = 1.0f / (is_v ? p_.attn.kv.v_scale : p_.attn.kv.k_scale);
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        const int i = 2 * lane_ + 64 * k;
+        if (!has_pair(k)) continue;
+        if (row < group) {
+          store_pair(x + i, v[k], 1.0f);
+        } else {  // as the cache has them
+          store_pair(reinterpret_cast<C*>(x) + i, v[k], inverse);
+        }
+      }
+    }
+    sync();
+  }
+
+  // Pairs that rotate together are the rotated dimensions' half apart, mostly in other lanes.
+  __device__ __forceinline__ void turn(float2 (&v)[kPairs], int group) const {
+    const int half = p_.attn.rope.rotary_dim / 2;
+    const float* cos = memory_.template row<float>(unit_, group + 2);
+    const float* sin = memory_.template row<float>(unit_, group + 3);
+    float2 turned[kPairs];
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      const int i = 2 * lane_ + 64 * k;
+      const bool upper = i >= half;
+      const int j = upper ? i - half : i + half;
+      float2 other{};
+#pragma unroll
+      for (int from = 0; from < kPairs; ++from) {
+        const float2 theirs = {__shfl_sync(kAll, v[from].x, j / 2 % 32),
+                               __shfl_sync(kAll, v[from].y, j / 2 % 32)};
+        if (j / 64 == from) other = theirs;
+      }
+      turned[k] = v[k];
+      if (i >= 2 * half) continue;
+      const int angle = upper ? i - half : i;
+      turned[k] = rotate_pair(v[k], other, *reinterpret_cast<const float2*>(cos + angle),
+                              *reinterpret_cast<const float2*>(sin + angle), upper);
+    }
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) v[k] = turned[k];
+  }
+
+  // The new token's k and v into the cache.
+  __device__ __forceinline__ void write_cache(const Work& w) const {
+    constexpr int kSegments = D * static_cast<int>(sizeof(C)) / 16;
+    if (!has_new_token(w) || w.slot < 0) return;  // a padding row writes nothing
+    const KvView& kv = p_.attn.kv;
+    const int block = w.slot / kv.block_size;
+    const int64_t offset = kv.v_offset(block, w.kv_head, w.slot - block * kv.block_size, 0);
+    for (int i = threadIdx.x; i < 2 * kSegments; i += kComputeThreads) {
+      const bool is_v = i >= kSegments;
+      const int segment = is_v ? i - kSegments : i;
+      C* to = static_cast<C*>(is_v ? kv.v : kv.k) + offset;
+      reinterpret_cast<uint4*>(to)[segment] =
+          memory_.template row<uint4>(unit_, p_.group + (is_v ? 1 : 0))[segment];
+    }
+  }
+
+  // Segments of 16 bytes [begin, end) of the new token's k or v, into row `to` of the tile.
+  __device__ __forceinline__ void insert(uint32_t tile, int to, bool is_v, int begin,
+                                         int end) const {
+    const uint32_t from = memory_.q(unit_) + (p_.group + (is_v ? 1 : 0)) * Memory<C, D>::kQRow;
+    for (int i = begin + opaque_lane(); i < end; i += 32) {
+      uint32_t v[4];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                   : "r"(from + 16 * i)
+                   : "memory");
+      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile + Layout::at(to, i)),
+                   "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                   : "memory");
+    }
+    __syncwarp();
+  }
+  // This warp's columns of v.
+  __device__ __forceinline__ void insert_values(uint32_t tile, int to) const {
+    constexpr int kSegments = static_cast<int>(sizeof(C));  // of a unit of 16 columns
+#pragma unroll 1
+    for (int unit = warp_; unit < D / 16; unit += kDecodeWarps)
+      insert(tile, to, true, kSegments * unit, kSegments * (unit + 1));
   }
 
   // Fragments of the 16 rows; those of rows that do not exist are what lay there.
@@ -365,6 +528,9 @@ class Computer {
     for (int tile = begin; tile < end; ++tile, place_.advance(kStages)) {
       if (tile != mine) continue;
       wait(memory_.full(place_.stage), place_.phase);
+      if (const int valid = context_ - tile * kTile; kRope && valid <= kTile)  // the last tile
+        insert(memory_.tile(place_.stage), valid - 1, false, 0,
+               D * static_cast<int>(sizeof(C)) / 16);
       multiply_keys(s, memory_.tile(place_.stage));
       release(kDecodeWarps);
     }
@@ -384,7 +550,9 @@ class Computer {
       chunk.scale(alpha[i]);  // of nothing: it stays
       const uint32_t v = memory_.tile(place_.stage);
       wait(memory_.full(place_.stage), place_.phase);
-      if (context_ < (tile + 1) * kTile) clear_values(v, context_ - tile * kTile);
+      const int valid = context_ - tile * kTile;
+      if (valid < kTile) clear_values(v, valid);
+      if (kRope && valid <= kTile) insert_values(v, valid - 1);
       const uint32_t p = memory_.p(i);
       chunk.template add_values<T, C, Layout>(
           [&](int k) { return p + segment_offset<128>(lane_ % 16, 2 * k + lane_ / 16); }, v, warp_,
@@ -493,11 +661,12 @@ class Computer {
   uint32_t counted_phase_ = 0;
   uint32_t q_[D / 16][4];
   int position_[2], rows_ = 0, context_ = 0;
+  int unit_ = 0;
 };
 
 #endif
 
-template <typename T, typename C, int D>
+template <typename T, typename C, int D, bool kRope>
 __global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
     decode_sm90_kernel(const __grid_constant__ DecodeParams p,
                        const __grid_constant__ CUtensorMap k_map,
@@ -510,7 +679,7 @@ __global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
   }
   // Who has nothing to do makes room at once. Leaving counts as let_next_start(), so one block
   // waits for the kernel before in any case.
-  if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= num_units(p)) return;
+  if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= num_ctas(p)) return;
   const Memory<C, D> memory(smem);
   if (threadIdx.x == 0) {
     memory.init_barriers();
@@ -519,9 +688,9 @@ __global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
   __syncthreads();
   const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // uniform for the compiler too
   if (warp < kDecodeWarps) {
-    Computer<T, C, D>(p, memory).run();
+    Computer<T, C, D, kRope>(p, memory).run();
   } else if (warp == kDecodeWarps) {
-    Copier<C, D>(p, memory, &k_map, &v_map).run();
+    Copier<C, D, kRope>(p, memory, &k_map, &v_map).run();
   } else if (threadIdx.x % 32 == 0) {
     count_parts(p, memory);
   }
@@ -551,7 +720,8 @@ bool decode_sm90(const DecodeParams& p, const Card& card, cudaStream_t stream) {
     using C = decltype(cache);
     constexpr int kDim = head_dim();
     constexpr DecodePlan kThisPlan = kPlan<C, kDim>;
-    const auto kernel = decode_sm90_kernel<decltype(type), C, kDim>;
+    const auto kernel = p.attn.with_rope ? decode_sm90_kernel<decltype(type), C, kDim, true>
+                                         : decode_sm90_kernel<decltype(type), C, kDim, false>;
     allow_smem(kernel, static_cast<size_t>(kThisPlan.smem), "attention_decode");
     launch(kernel, static_cast<unsigned>(card.num_sms * kThisPlan.ctas_per_sm), kDecodeSm90Threads,
            static_cast<size_t>(kThisPlan.smem), stream, "attention_decode", p,

@@ -324,6 +324,13 @@ bool CudaBackend::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows
   return linear_->fuses(w, a, rows);
 }
 
+// What a prefill writes other kernels than that of decodes read, and what a copy brings must not be
+// read ahead of it. A captured step is one of decodes.
+bool CudaBackend::fuses(const StepInputs& in, const AttnArgs& a, const KvView& kv) const {
+  return !is_guest() && in.num_prefill_items == 0 && in.num_copies == 0 &&
+         cuda::fuses_rope(a, *a.rope, kv, in.max_decode_query_len, card_);
+}
+
 void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) {
   check_activations(x, x.rows(), w.spec.in_features, "linear: x");
   const int64_t n = a.gated ? w.spec.out_features / 2 : w.spec.out_features;
@@ -370,7 +377,14 @@ void CudaBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& a,
   p.kv = kv;
   p.args = a;
   p.step = in.device;
-  p.settled = !is_guest() && written_slots_ != nullptr && written_slots_ == in.slot_mapping;
+  if (a.rope != nullptr) {  // the kernel before is the product that made qkv
+    check_arg(fuses(in, a, kv), "attention: this step's rotation is rope_kv_write()'s");
+    p.with_rope = p.settled = true;
+    p.rope = *a.rope;
+    p.args.rope = nullptr;  // the host's
+  } else {
+    p.settled = !is_guest() && written_slots_ != nullptr && written_slots_ == in.slot_mapping;
+  }
   written_slots_ = nullptr;
   if (in.num_prefill_items > 0) attention_prefill(p, in.num_prefill_items, card_, stream_);
   // A captured step has no prefill and any number of decode items.
@@ -415,7 +429,7 @@ void CudaBackend::sample(Tensor logits, const StepInputs& in, int32_t first,
   if (logits.rows() == 0) return;
   void* workspace = reserve(sample_, sample_workspace_bytes(logits.rows(), logits.cols()));
   cuda::sample(logits.as<float>(), logits.row_stride, logits.rows(), logits.cols(), in.device,
-               first, out, workspace, card_, stream_);
+               first, in.plain_sampling, out, workspace, card_, stream_);
 }
 
 }  // namespace ni::cuda

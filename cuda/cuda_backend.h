@@ -51,6 +51,7 @@ class CudaBackend final : public Backend {
   void add_norm(Tensor x, Tensor residual, const NormWeight& w, const NormArgs& a,
                 Tensor out) override;
   bool fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const override;
+  bool fuses(const StepInputs& in, const AttnArgs& a, const KvView& kv) const override;
   void linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) override;
   void rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs& a,
                      const KvView& kv) override;

@@ -63,7 +63,15 @@ struct AttnParams {
   const StepInputs* step = nullptr;  // in device memory
   // (common.cuh): of `step`, and of K and V of tokens before the queries.
   bool settled = false;
+  // Where fuses_rope() says so: q, k and v in `q`, [T, (num_heads + 2 kv_heads) * head_dim], are
+  // still to be normalised, rotated and written (rope_kv.cu). Then settled: the kernel before must
+  // be none that writes this cache.
+  bool with_rope = false;
+  RopeArgs rope;
 };
+// Whether attention_decode() takes with_rope, for queries of so many rows.
+bool fuses_rope(const AttnArgs& a, const RopeArgs& rope, const KvView& kv, int32_t max_query_len,
+                const Card& card);
 
 // Sequences cut along the cache: step->decode_items. max_query_len: the longest query among them.
 // workspace: decode_workspace_bytes(), zero at first and left so where it must be. max_items: of
@@ -77,10 +85,11 @@ void attention_prefill(const AttnParams& p, int32_t num_items, const Card& card,
                        cudaStream_t stream);
 
 // -- sampling.cu ----------------------------------------------------------------------------------
-// logits: [rows, vocab] fp32, sampling rows [first, first + rows) of step.
+// logits: [rows, vocab] fp32, sampling rows [first, first + rows) of step. plain: top-k, top-p and
+// min-p are rare enough among them not to prepare for (StepInputs::plain_sampling).
 size_t sample_workspace_bytes(int64_t rows, int64_t vocab);
 void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
-            const StepInputs* step, int32_t first, const SampleOutputs& out, void* workspace,
-            const Card& card, cudaStream_t stream);
+            const StepInputs* step, int32_t first, bool plain, const SampleOutputs& out,
+            void* workspace, const Card& card, cudaStream_t stream);
 
 }  // namespace ni::cuda

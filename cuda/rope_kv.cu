@@ -8,8 +8,8 @@
 // kv_heads) * d * 2 bytes; bound by bandwidth, by the launch where rows are few.
 #include <cuda_fp8.h>
 
-#include "cuda/common.cuh"
 #include "cuda/kernels.h"
+#include "cuda/rope.cuh"
 
 namespace ni::cuda {
 namespace {
@@ -30,19 +30,6 @@ struct RopeParams {
   float inverse_k_scale, inverse_v_scale;
   bool settled;  // common.cuh; of positions and slots
 };
-
-template <typename C>
-__device__ __forceinline__ void store_pair(C* to, float2 v, float inverse_scale) {
-  Vec<C, 2> pair;
-  if constexpr (sizeof(C) == 1) {
-    pair.v[0] = C(v.x * inverse_scale);  // e4m3: to nearest even, saturating
-    pair.v[1] = C(v.y * inverse_scale);
-  } else {
-    pair.v[0] = from_float<C>(v.x);
-    pair.v[1] = from_float<C>(v.y);
-  }
-  *reinterpret_cast<Vec<C, 2>*>(to) = pair;
-}
 
 // T: activations, C: cache.
 template <typename T, typename C, int kPairs>
@@ -91,19 +78,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p
     v[k] = {as_float(e.v[0]), as_float(e.v[1])};
   }
   if (!is_v) {
-    if (norm != nullptr) {
-      float squares = 0;
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k)
-        if (2 * lane + 64 * k < d) squares += v[k].x * v[k].x + v[k].y * v[k].y;
-      const float factor = rsqrtf(warp_sum(squares) / static_cast<float>(d) + p.rope.norm_eps);
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        if (2 * lane + 64 * k >= d) continue;
-        v[k].x *= factor * weight[k].x;
-        v[k].y *= factor * weight[k].y;
-      }
-    }
+    if (norm != nullptr) normalise_head(v, weight, lane, d, p.rope.norm_eps);
     if (p.rope.cos != nullptr) {
       // The partner of element i is i + half or i - half, which another lane may hold.
       extern __shared__ float exchange[];
@@ -118,9 +93,7 @@ __global__ void __launch_bounds__(kWarps * 32) rope_kv_kernel(const RopeParams p
         if (i >= 2 * half) continue;
         const bool upper = i >= half;
         const float2 other = *reinterpret_cast<const float2*>(own + (upper ? i - half : i + half));
-        const float sign = upper ? 1.0f : -1.0f;
-        v[k] = {v[k].x * cos[k].x + sign * other.x * sin[k].x,
-                v[k].y * cos[k].y + sign * other.y * sin[k].y};
+        v[k] = rotate_pair(v[k], other, cos[k], sin[k], upper);
       }
     }
   }

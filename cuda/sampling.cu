@@ -5,12 +5,14 @@
 // logits: [rows, vocab] fp32, never written. A row is cut into 32 segments, whatever else runs:
 //   segment_kernel  32 blocks a row: maximum, and mass = sum exp((z - maximum) / temperature).
 //                   Rows with biases, masks or penalties get a processed copy in the workspace.
-//   bin_kernel      8 blocks a row, top-k and top-p rows only: tokens and mass by distance from
-//                   the maximum, in bins of 1/64 nat.
-//   choose_kernel   1 block a row, a warp a segment: the cut within a bin, the draw, the scores.
+//   bin_kernel      4 to 32 blocks a row, narrowed rows only (top-k, top-p, min-p): tokens and mass
+//                   by distance from the maximum, in bins of 1/64 nat.
+//   list_kernel     as many: the tokens up to the bin in which the row is cut, if they are few.
+//   choose_kernel   1 block a row, a warp a segment: the cut, the draw, the scores.
 // Greedy and plain draws read each logit once from device memory (rows * vocab * 4 bytes, which
-// bounds them), and one segment again; cuts read a row four times, mostly from L2. Masses that
-// decide a cut are integers, so atomics may add them in any order; all other sums have a fixed one.
+// bounds them), and one segment again; narrowed rows are read three times, and where the tokens
+// that are kept are too many to list, some times more by one block. Masses that decide a cut are
+// integers, so atomics may add them in any order; all other sums have a fixed one.
 #include "core/philox.h"
 #include "cuda/sampling.cuh"
 
@@ -20,7 +22,7 @@ namespace {
 using namespace sampling;
 
 constexpr float kGreedyBelow = 1e-5f;
-constexpr int kSegmentThreads = 256, kBinThreads = 512, kBinBlocks = 8;
+constexpr int kSegmentThreads = 256, kBinThreads = 512;
 constexpr int64_t kMaxVocab = 1 << 21;  // so that masses fit into 64 bits
 
 __device__ bool is_greedy(const SamplingRow& r) {
@@ -44,6 +46,9 @@ __device__ bool has_top_k(const SamplingRow& r, int32_t vocab) {
 }
 __device__ bool has_cut(const SamplingRow& r, int32_t vocab) {
   return r.target < 0 && !is_greedy(r) && (has_top_k(r, vocab) || r.top_p < 1);
+}
+__device__ bool is_narrowed(const SamplingRow& r, int32_t vocab) {
+  return has_cut(r, vocab) || (r.target < 0 && !is_greedy(r) && r.min_p > 0);
 }
 __device__ const uint32_t* mask_of(const Sampler& s, const SamplingRow& r) {
   const int64_t words = (s.vocab + 31) / 32;
@@ -138,10 +143,11 @@ __global__ void __launch_bounds__(kSegmentThreads, 6) segment_kernel(Sampler s) 
   const SamplingRow r = s.step->sampling[s.first + row];
   const int32_t begin = s.begin(segment), end = s.begin(segment + 1);
   constexpr int kShare = kBins / kSegments;
-  if (has_cut(r, s.vocab) && threadIdx.x < kShare) {  // bin_kernel adds to them
+  if (is_narrowed(r, s.vocab) && threadIdx.x < kShare) {  // the next two kernels add to them
     const int bin = row * kBins + segment * kShare + static_cast<int>(threadIdx.x);
     s.counts[bin] = 0;
     s.mass[bin] = 0;
+    s.num_listed[row] = 0;
   }
   const float* raw = s.raw(row);
   const float factor = factor_of(r);
@@ -159,33 +165,44 @@ __global__ void __launch_bounds__(kSegmentThreads, 6) segment_kernel(Sampler s) 
                                           of_raw.mass};
 }
 
-// -- bin_kernel -----------------------------------------------------------------------------------
+// -- bin_kernel, list_kernel ----------------------------------------------------------------------
 
-// Grid: [rows, kBinBlocks].
+// A narrowed row's logits, and what a block of these kernels has of them.
+struct Share {
+  const float* z;
+  int32_t begin, end;
+  Softmax softmax;
+
+  // Grid: [rows, 2^n], 2^n up to kSegments.
+  __device__ Share(const Sampler& s, const SamplingRow& r, int row)
+      : z(is_processed(r) ? s.copy(row) : s.raw(row)) {
+    const auto share = static_cast<int>(kSegments / gridDim.y);
+    begin = s.begin(static_cast<int>(blockIdx.y) * share);
+    end = s.begin(static_cast<int>(blockIdx.y + 1) * share);
+    softmax = {warp_max(s.stats[row * kSegments + static_cast<int>(threadIdx.x) % 32].max),
+               factor_of(r)};
+  }
+  // Else nothing will be drawn.
+  __device__ bool has_maximum() const { return !isinf(softmax.base); }
+};
+
 __global__ void __launch_bounds__(kBinThreads) bin_kernel(Sampler s) {
   wait_for_previous();
   let_next_start();
-  const int row = static_cast<int>(blockIdx.x), part = static_cast<int>(blockIdx.y);
+  const int row = static_cast<int>(blockIdx.x);
   if (s.is_padding(row)) return;
   const SamplingRow& r = s.step->sampling[s.first + row];
-  if (!has_cut(r, s.vocab)) return;
-  const float best = warp_max(s.stats[row * kSegments + static_cast<int>(threadIdx.x) % 32].max);
-  if (isinf(best)) return;  // nothing will be drawn
+  if (!is_narrowed(r, s.vocab)) return;
+  const Share share(s, r, row);
+  if (!share.has_maximum()) return;
 
   __shared__ Bins bins;
   bins.clear();
   __syncthreads();
-  constexpr int kShare = kSegments / kBinBlocks;
-  const int32_t end = s.begin((part + 1) * kShare);
-  const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
-  const Softmax softmax{best, factor_of(r)};
   const bool with_mass = r.top_p < 1;
-#pragma unroll kUnroll
-  for (int32_t i = s.begin(part * kShare) + static_cast<int32_t>(threadIdx.x); i < end;
-       i += kBinThreads) {
-    const float v = clean(z[i]);
-    bins.add(softmax.bin(v), with_mass ? softmax.units(v) : 0);
-  }
+  each_token(share.z, share.begin, share.end, [&](float v, int32_t) {
+    bins.add(share.softmax.bin(v), with_mass ? share.softmax.units(v) : 0);
+  });
   __syncthreads();
   for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kBinThreads) {
     if (bins.counts[b] == 0) continue;
@@ -194,35 +211,96 @@ __global__ void __launch_bounds__(kBinThreads) bin_kernel(Sampler s) {
   }
 }
 
+// What top-k, or else top-p, asks for; top-p of what top-k leaves, a mass of `kept`.
+__device__ Goal top_k_goal(const SamplingRow& r) {
+  return {false, static_cast<uint32_t>(r.top_k), 0};
+}
+__device__ Goal top_p_goal(const SamplingRow& r, uint64_t kept) {
+  const double wanted = static_cast<double>(r.top_p) * static_cast<double>(kept);
+  return {true, 0, __double2ull_ru(wanted)};
+}
+
+// All tokens up to the bin that the first of top-k, top-p and min-p reaches, if they can be sorted.
+// Each block finds that bin for itself.
+__global__ void __launch_bounds__(kChooseThreads) list_kernel(Sampler s) {
+  __shared__ Shared sh;
+  wait_for_previous();
+  let_next_start();
+  const int row = static_cast<int>(blockIdx.x);
+  if (s.is_padding(row)) return;
+  const SamplingRow& r = s.step->sampling[s.first + row];
+  if (!is_narrowed(r, s.vocab)) return;
+  const Share share(s, r, row);
+  if (!share.has_maximum()) return;
+
+  Selector selector(s, share.z, share.softmax, r.top_p < 1, row, sh);
+  int last = kBins - 1;
+  if (has_top_k(r, s.vocab)) {
+    last = selector.bin_of(top_k_goal(r));
+  } else if (r.top_p < 1) {
+    last = selector.bin_of(top_p_goal(r, selector.mass()));
+  } else {  // p >= min_p, and one bin for rounding
+    last = static_cast<int>(fminf(-logf(r.min_p) * kBinsPerNat + 1, static_cast<float>(last)));
+  }
+  // The last bin has no lower end.
+  if (last == kBins - 1 || selector.count_upto(last) > kSortCapacity) return;
+  if (threadIdx.x == 0) sh.num_items = 0;
+  __syncthreads();
+  each_token(share.z, share.begin, share.end, [&](float v, int32_t id) {
+    if (share.softmax.bin(v) <= last)
+      sh.items[atomicAdd(&sh.num_items, 1)] = order_of(key_of(v), id);
+  });
+  __syncthreads();
+  if (threadIdx.x == 0) sh.found = atomicAdd(&s.num_listed[row], sh.num_items);
+  __syncthreads();
+  uint64_t* listed = s.listed + static_cast<int64_t>(row) * kSortCapacity + sh.found;
+  for (int i = static_cast<int>(threadIdx.x); i < sh.num_items; i += kChooseThreads)
+    listed[i] = sh.items[i];
+}
+
 // -- choose_kernel --------------------------------------------------------------------------------
 
 // Everything is banned: the best raw logit that the mask allows, else its lowest token, else 0.
 __device__ int32_t fallback(const Sampler& s, const SamplingRow& r, const float* raw) {
   const uint32_t* mask = mask_of(s, r);
   uint64_t best = order_of(0, 0);
-  each_token(raw, s.vocab, [&](float v, int32_t id) {
+  each_token(raw, 0, s.vocab, [&](float v, int32_t id) {
     if (is_allowed(mask, id)) best = min(best, order_of(key_of(v), id));
   });
   return static_cast<int32_t>(block_reduce(best, Min{}));
 }
 
-// The last token, in the order of likelihood, that top-k and top-p leave.
-__device__ uint64_t last_kept(const Sampler& s, const SamplingRow& r, int row, const float* z,
-                              Softmax softmax, Shared& sh) {
-  if (!has_cut(r, s.vocab)) return kNothing;
+// A draw from what top-k, top-p and min-p leave.
+__device__ int32_t choose_narrowed(const Sampler& s, const SamplingRow& r, int row, const float* z,
+                                   Softmax softmax, double u, Shared& sh) {
   const bool top_p = r.top_p < 1;
-  Selector selector(s, z, softmax, top_p, row, sh);
+  Selector selector(s, z, softmax, top_p, s.plain ? -1 : row, sh);
+  const int listed = selector.load_list();
   Cut cut;
   if (has_top_k(r, s.vocab)) {
-    cut = selector.cut({false, static_cast<uint32_t>(r.top_k), 0});
-  } else {
+    cut = selector.cut(top_k_goal(r));
+  } else if (top_p) {
     cut.mass = selector.mass();
   }
-  if (top_p) {
-    const double wanted = static_cast<double>(r.top_p) * static_cast<double>(cut.mass);
-    cut = selector.cut({true, 0, __double2ull_ru(wanted)});
-  }
-  return cut.last;
+  if (top_p) cut = selector.cut(top_p_goal(r, cut.mass));
+  const Weight weight{softmax, r.min_p, cut.last};
+  if (listed == 0) return find_in_row(s, z, weight, u, sh);
+
+  // Ids ascend, as in the row.
+  const auto swap = [](uint64_t v) { return v << 32 | v >> 32; };
+  __syncthreads();  // earlier readers of `items` are done
+  for (int i = static_cast<int>(threadIdx.x); i < listed; i += kChooseThreads)
+    sh.items[i] = swap(sh.items[i]);
+  selector.sort(listed);
+  const auto weight_of = [&](int32_t i) {
+    const uint64_t item = sh.items[i];
+    return weight(value_of(~static_cast<uint32_t>(item)), static_cast<int32_t>(item >> 32));
+  };
+  double mass = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < listed; i += kChooseThreads)
+    mass += static_cast<double>(weight_of(i));
+  const int32_t found = find_index(0, listed, weight_of, u * block_reduce(mass, Add{}), sh);
+  return static_cast<int32_t>(sh.items[found] >> 32);
 }
 
 __device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Shared& sh) {
@@ -236,11 +314,7 @@ __device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Share
   const double u = philox_uniform(r.seed, r.choice, static_cast<uint32_t>(r.position));
   const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
   const float factor = factor_of(r);
-  Weight weight{{best, factor}, r.min_p, kNothing};
-  if (has_cut(r, s.vocab) || r.min_p > 0) {
-    weight.last = last_kept(s, r, row, z, weight.softmax, sh);
-    return find_in_row(s, z, weight, u, sh);
-  }
+  if (is_narrowed(r, s.vocab)) return choose_narrowed(s, r, row, z, {best, factor}, u, sh);
   // In units of the segment's own maximum, as segment_kernel has summed.
   if (threadIdx.x < 32) {
     const double below = static_cast<double>(stats.max) - static_cast<double>(best);
@@ -248,9 +322,9 @@ __device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Share
     pick_segment(stats.mass * scale, u, scale, sh);
   }
   __syncthreads();
-  weight.softmax.base = s.stats[row * kSegments + sh.segment].max;
+  const Softmax softmax{s.stats[row * kSegments + sh.segment].max, factor};
   const int32_t begin = s.begin(sh.segment), end = s.begin(sh.segment + 1);
-  return find_token(z, begin, end, weight, sh.left, sh);
+  return find_token(z, begin, end, Weight{softmax, 0, kNothing}, sh.left, sh);
 }
 
 // Log-probabilities and ranks of a row, over the logits as they came.
@@ -278,7 +352,7 @@ class Scorer {
 
   __device__ int32_t rank(float value) const {
     int32_t above = 0;
-    each_token(raw_, s_.vocab, [&](float v, int32_t) { above += v > value; });
+    each_token(raw_, 0, s_.vocab, [&](float v, int32_t) { above += v > value; });
     return block_reduce(above, Add{}) + 1;
   }
 
@@ -361,6 +435,8 @@ size_t lay_out(Sampler& s, int64_t rows, int64_t vocab, void* workspace) {
   parts.take(s.stats, rows * kSegments);
   parts.take(s.mass, rows * kBins);
   parts.take(s.counts, rows * kBins);
+  parts.take(s.listed, rows * kSortCapacity);
+  parts.take(s.num_listed, rows);
   parts.take(s.processed, rows * vocab);
   return parts.bytes();
 }
@@ -373,8 +449,8 @@ size_t sample_workspace_bytes(int64_t rows, int64_t vocab) {
 }
 
 void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
-            const StepInputs* step, int32_t first, const SampleOutputs& out, void* workspace,
-            const Card&, cudaStream_t stream) {
+            const StepInputs* step, int32_t first, bool plain, const SampleOutputs& out,
+            void* workspace, const Card&, cudaStream_t stream) {
   check_arg(vocab > 0 && vocab <= kMaxVocab, "sample: vocabulary of ", vocab, ", not in [1, ",
             kMaxVocab, "]");
   check_arg(rows >= 0 && rows <= 65535, "sample: ", rows, " rows, not in [0, 65535]");
@@ -390,11 +466,17 @@ void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
   s.segment = static_cast<int32_t>((vocab + 32 * kSegments - 1) / (32 * kSegments) * 32);
   s.step = step;
   s.first = first;
+  s.plain = plain;
   s.out = out;
   lay_out(s, rows, vocab, workspace);
   const auto grid_rows = static_cast<unsigned>(rows);
   launch(segment_kernel, dim3(grid_rows, kSegments), kSegmentThreads, 0, stream, "sample", s);
-  launch(bin_kernel, dim3(grid_rows, kBinBlocks), kBinThreads, 0, stream, "sample", s);
+  if (!plain) {
+    // Few rows: more blocks for each. Many: fewer bins to add up.
+    const dim3 grid(grid_rows, rows <= 8 ? kSegments : rows <= 64 ? kSegments / 4 : kSegments / 8);
+    launch(bin_kernel, grid, kBinThreads, 0, stream, "sample", s);
+    launch(list_kernel, grid, kChooseThreads, 0, stream, "sample", s);
+  }
   launch(choose_kernel, grid_rows, kChooseThreads, 0, stream, "sample", s);
 }
 

@@ -1,8 +1,9 @@
 // What the kernels of the sampler (sampling.cu) work with: the order of tokens by likelihood as
 // 64-bit integers, histograms of logits, the draw by the inverse CDF, and, for top-k, top-p and
-// lists of likely tokens, the Selector. It finds where a row is cut in that order: which bin of a
-// histogram, and within the bin by sorting its tokens, if they are few (they are, unless many
-// logits are nearly equal), or by bins of bins. All here runs on a block of 1024 threads.
+// lists of likely tokens, the Selector. It finds where a row is cut in that order: in a sorted list
+// of the row's first tokens, if such a list has been made; else which bin of a histogram, and
+// within the bin by sorting its tokens, if they are few (they are, unless many logits are nearly
+// equal), or by bins of bins. All here runs on a block of 1024 threads.
 #pragma once
 
 #include <cmath>
@@ -42,10 +43,13 @@ struct Sampler {
   int32_t segment;  // tokens in a segment
   const StepInputs* step;
   int32_t first;
+  bool plain;  // no row is narrowed: bin_kernel and list_kernel do not run
   SampleOutputs out;
   SegmentStats* stats;       // [rows, kSegments]
   unsigned long long* mass;  // [rows, kBins]
   uint32_t* counts;          // [rows, kBins]
+  uint64_t* listed;          // [rows, kSortCapacity] order_of the first tokens, unsorted
+  int32_t* num_listed;       // [rows] 0: there is no list
   float* processed;          // [rows, vocab]
 
   __device__ const float* raw(int row) const { return logits + row * stride; }
@@ -194,7 +198,7 @@ struct Shared {
   double segment_mass[kSegments];
   int32_t segment;  // that holds the draw
   double left;      // mass of the segment that lies before the draw
-  int32_t first_thread, last_thread, token;
+  int32_t first_thread, last_thread, found;
   double log_sum;
 };
 
@@ -214,12 +218,21 @@ struct EqualWeight {
   __device__ float operator()(float z, int32_t) const { return key_of(z) == key ? 1.0f : 0.0f; }
 };
 
-// Calls f(logit, id) for a row's tokens, spread over the block's threads.
+// Calls f(logit, id) for tokens [begin, end), spread over the block's threads. What f writes must
+// not hold up loads, so a batch of them comes first.
 template <typename F>
-__device__ void each_token(const float* z, int32_t vocab, F f) {
-#pragma unroll kUnroll
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < vocab; i += kChooseThreads)
-    f(clean(z[i]), i);
+__device__ __forceinline__ void each_token(const float* z, int32_t begin, int32_t end, F f) {
+  constexpr int kBatch = 8;
+  const auto threads = static_cast<int32_t>(blockDim.x);
+  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x); i < end; i += kBatch * threads) {
+    float v[kBatch];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+      if (const int32_t id = i + u * threads; id < end) v[u] = z[id];
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u)
+      if (const int32_t id = i + u * threads; id < end) f(clean(v[u]), id);
+  }
 }
 
 // By one warp, a segment's mass a lane: the segment in which the running sum exceeds u times the
@@ -241,21 +254,20 @@ __device__ inline void pick_segment(double mass, double u, double scale, Shared&
   }
 }
 
-// The token of [begin, end) at which the running sum of weights exceeds `left`; if rounding leaves
-// none, the last that is possible.
+// The index in [begin, end) at which the running sum of weight(index) exceeds `left`; if rounding
+// leaves none, the last that is possible.
 template <typename W>
-__device__ int32_t find_token(const float* z, int32_t begin, int32_t end, W weight, double left,
-                              Shared& sh) {
+__device__ int32_t find_index(int32_t begin, int32_t end, W weight, double left, Shared& sh) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
   const int32_t share = (end - begin + kChooseThreads - 1) / kChooseThreads;
   const int32_t from = min(begin + thread * share, end), to = min(from + share, end);
   if (thread == 0) {
     sh.first_thread = kMaxInt;
     sh.last_thread = -1;
-    sh.token = begin;
+    sh.found = begin;
   }
   double own = 0;
-  for (int32_t i = from; i < to; ++i) own += static_cast<double>(weight(clean(z[i]), i));
+  for (int32_t i = from; i < to; ++i) own += static_cast<double>(weight(i));
   const double before = block_exclusive(own);
   if (own > 0) {
     atomicMax(&sh.last_thread, thread);
@@ -265,15 +277,22 @@ __device__ int32_t find_token(const float* z, int32_t begin, int32_t end, W weig
   if (thread == (sh.first_thread < kMaxInt ? sh.first_thread : sh.last_thread)) {
     double rest = left - before;
     for (int32_t i = from; i < to; ++i) {
-      const auto w = static_cast<double>(weight(clean(z[i]), i));
+      const auto w = static_cast<double>(weight(i));
       if (w <= 0) continue;
-      sh.token = i;
+      sh.found = i;
       if (rest < w) break;
       rest -= w;
     }
   }
   __syncthreads();
-  return sh.token;
+  return sh.found;
+}
+
+// The same of a row's tokens.
+template <typename W>
+__device__ int32_t find_token(const float* z, int32_t begin, int32_t end, W weight, double left,
+                              Shared& sh) {
+  return find_index(begin, end, [&](int32_t i) { return weight(clean(z[i]), i); }, left, sh);
 }
 
 // The token at which the running sum of weights exceeds u times the whole.
@@ -303,12 +322,37 @@ __device__ int32_t find_in_row(const Sampler& s, const float* z, W weight, doubl
 // Finds cuts in a row in the order of likelihood.
 class Selector {
  public:
-  // `row`: of whose bins bin_kernel has made, -1: none.
+  // `row`: of which bin_kernel has made bins, -1: none.
   __device__ Selector(const Sampler& s, const float* z, Softmax softmax, bool with_mass, int row,
                       Shared& sh)
       : s_(s), z_(z), softmax_(softmax), with_mass_(with_mass), row_(row), sh_(sh) {}
 
+  // The row's first tokens, which list_kernel has listed, sorted; all later cuts are found among
+  // them. Their number, 0: there is no list.
+  __device__ int load_list() {
+    num_listed_ = row_ >= 0 ? s_.num_listed[row_] : 0;
+    if (num_listed_ == 0) return 0;
+    for (int i = static_cast<int>(threadIdx.x); i < num_listed_; i += kChooseThreads)
+      sh_.items[i] = s_.listed[static_cast<int64_t>(row_) * kSortCapacity + i];
+    sort(num_listed_);
+    return num_listed_;
+  }
+
+  // The bin in which the goal is reached.
+  __device__ int bin_of(const Goal& goal) {
+    fill_bins();
+    return place_in_bins(goal, 0, 0).slot;
+  }
+  // Tokens in bins up to this one.
+  __device__ uint32_t count_upto(int bin) {
+    fill_bins();
+    const int b = 2 * static_cast<int>(threadIdx.x);
+    return block_reduce(
+        (b <= bin ? sh_.bins.counts[b] : 0) + (b < bin ? sh_.bins.counts[b + 1] : 0), Add{});
+  }
+
   __device__ Cut cut(const Goal& goal) {
+    if (num_listed_ > 0) return cut_items(goal, {0, 0, 0}, num_listed_);
     fill_bins();
     Place at = place_in_bins(goal, 0, 0);
     // What lies 32 nats below the maximum has no part in a draw, cut or not.
@@ -342,7 +386,7 @@ class Selector {
     __syncthreads();  // earlier readers of `items` and `num_items` are done
     if (threadIdx.x == 0) sh_.num_items = 0;
     __syncthreads();
-    each_token(z_, s_.vocab, [&](float z, int32_t id) {
+    each_token(z_, 0, s_.vocab, [&](float z, int32_t id) {
       const uint64_t order = order_of(key_of(z), id);
       if (order > last || (has_before && order <= before)) return;
       const int to = atomicAdd(&sh_.num_items, 1);
@@ -350,18 +394,37 @@ class Selector {
     });
     __syncthreads();
     const int count = min(sh_.num_items, kSortCapacity);
+    sort(count);
+    return count;
+  }
+
+  // sh.items[0, count), which may have been written just now; kNothing behind them.
+  __device__ void sort(int count) {
     int size = 2;
     while (size < count) size *= 2;
     for (int i = count + static_cast<int>(threadIdx.x); i < size; i += kChooseThreads)
       sh_.items[i] = kNothing;
     __syncthreads();
-    bitonic_sort(size);
-    return count;
+    for (int run = 2; run <= size; run *= 2) {
+      for (int step = run / 2; step > 0; step /= 2) {
+        for (int t = static_cast<int>(threadIdx.x); t < size / 2; t += kChooseThreads) {
+          const int a = 2 * t - (t & (step - 1)), b = a + step;
+          const uint64_t x = sh_.items[a], y = sh_.items[b];
+          if ((x > y) == ((a & run) == 0)) {
+            sh_.items[a] = y;
+            sh_.items[b] = x;
+          }
+        }
+        __syncthreads();
+      }
+    }
   }
 
  private:
   // By distance from the maximum.
   __device__ void fill_bins() {
+    if (has_bins_) return;
+    has_bins_ = true;
     __syncthreads();  // earlier readers of the bins are done
     if (row_ >= 0) {
       for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kChooseThreads) {
@@ -373,16 +436,18 @@ class Selector {
     } else {
       sh_.bins.clear();
       __syncthreads();
-      each_token(z_, s_.vocab, [&](float z, int32_t) { sh_.bins.add(softmax_.bin(z), units(z)); });
+      each_token(z_, 0, s_.vocab,
+                 [&](float z, int32_t) { sh_.bins.add(softmax_.bin(z), units(z)); });
     }
     __syncthreads();
   }
 
   __device__ void fill_key_bins(uint32_t low, uint32_t high, int shift) {
+    has_bins_ = false;
     __syncthreads();  // earlier readers of the bins are done
     sh_.bins.clear();
     __syncthreads();
-    each_token(z_, s_.vocab, [&](float z, int32_t) {
+    each_token(z_, 0, s_.vocab, [&](float z, int32_t) {
       const uint32_t key = key_of(z);
       if (key >= low && key <= high)
         sh_.bins.add(static_cast<int>((high - key) >> shift), units(z));
@@ -421,8 +486,8 @@ class Selector {
   // The goal's place among slots, two a thread, that come after `count` tokens of `mass`.
   __device__ Place place(const Goal& goal, uint32_t count, uint64_t mass,
                          const uint32_t (&counts)[2], const uint64_t (&masses)[2]) {
-    if (threadIdx.x == 0) sh_.place = {0, count, mass};
     uint32_t upto_count = count + block_exclusive(counts[0] + counts[1]);
+    if (threadIdx.x == 0) sh_.place = {0, count, mass};  // earlier ones have been read
     uint64_t upto_mass = mass + block_exclusive(masses[0] + masses[1]);
     for (int i = 0; i < 2; ++i) {
       const bool before = goal.reached(upto_count, upto_mass);
@@ -444,7 +509,10 @@ class Selector {
   // Within the keys [low, high], by sorting their tokens.
   __device__ Cut cut_sorted(const Goal& goal, const Place& bin, uint32_t low, uint32_t high) {
     const uint64_t first = order_of(high, 0);
-    const int size = sort_items(first - 1, first > 0, order_of(low, kMaxInt));
+    return cut_items(goal, bin, sort_items(first - 1, first > 0, order_of(low, kMaxInt)));
+  }
+  // Among sh.items[0, size), sorted, which come after `bin.count` tokens.
+  __device__ Cut cut_items(const Goal& goal, const Place& bin, int size) {
     const int at = 2 * static_cast<int>(threadIdx.x);
     uint32_t counts[2];
     uint64_t masses[2];
@@ -470,28 +538,13 @@ class Selector {
     return {order_of(key, last), bin.mass + kept * each};
   }
 
-  // sh.items[0, size), size a power of two.
-  __device__ void bitonic_sort(int size) {
-    for (int run = 2; run <= size; run *= 2) {
-      for (int step = run / 2; step > 0; step /= 2) {
-        for (int t = static_cast<int>(threadIdx.x); t < size / 2; t += kChooseThreads) {
-          const int a = 2 * (t - t % step) + t % step, b = a + step;
-          const uint64_t x = sh_.items[a], y = sh_.items[b];
-          if ((x > y) == ((a & run) == 0)) {
-            sh_.items[a] = y;
-            sh_.items[b] = x;
-          }
-        }
-        __syncthreads();
-      }
-    }
-  }
-
   const Sampler& s_;
   const float* z_;
   const Softmax softmax_;
   const bool with_mass_;
   const int row_;
+  int num_listed_ = 0;
+  bool has_bins_ = false;  // those of fill_bins()
   Shared& sh_;
 };
 

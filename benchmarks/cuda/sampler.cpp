@@ -21,9 +21,10 @@ double sample_us(Bench& b, int64_t rows, int64_t vocab, SamplingRow row) {
   const Device<float> logprobs(rows);
   const Device<char> workspace(static_cast<int64_t>(sample_workspace_bytes(rows, vocab)));
   const SampleOutputs out{ids.data(), logprobs.data(), ranks.data(), nullptr, nullptr, 0};
+  const bool plain = row.top_k == 0 && row.top_p == 1 && row.min_p == 0;
   return b.timer.us(copies, [&](int64_t i) {
-    sample(logits.data() + i * size, vocab, rows, vocab, step.data(), 0, out, workspace.data(),
-           b.card, b.timer.stream());
+    sample(logits.data() + i * size, vocab, rows, vocab, step.data(), 0, plain, out,
+           workspace.data(), b.card, b.timer.stream());
   });
 }
 }  // namespace

@@ -46,7 +46,7 @@ struct BackendOptions {
 // Names a captured piece of a step: its rows, and which piece. No rows: run it as it is.
 struct GraphKey {
   int32_t rows = 0;
-  int32_t part = 0;  // 0: forward, 1: logits and sampler
+  int32_t part = 0;  // 0: forward; logits and sampler: 1 if StepInputs::plain_sampling, else 2
 };
 
 class Backend {
@@ -101,6 +101,10 @@ class Backend {
                         Tensor out) = 0;
   // Whether linear() takes the norm and the gate of `a` for so many rows of w.
   virtual bool fuses(const LinearWeight& /*w*/, const LinearArgs& /*a*/, int64_t /*rows*/) const {
+    return false;
+  }
+  // Whether attention() takes a.rope in this step.
+  virtual bool fuses(const StepInputs& /*in*/, const AttnArgs& /*a*/, const KvView& /*kv*/) const {
     return false;
   }
   // out[M, out_features] (fp32 or activation dtype) = x[M, in_features] W^T + bias

@@ -106,6 +106,8 @@ struct AttnArgs {
   float scale = 1.0f;
   int32_t window = 0;    // > 0: a query at p sees positions p - window + 1 .. p
   float softcap = 0.0f;  // > 0: a score s becomes softcap * tanh(s / softcap) (Gemma 2)
+  // Not null: rope_kv_write() first, as part of attention (where Backend::fuses() says so).
+  const RopeArgs* rope = nullptr;
 };
 
 // Where a sampler writes; rows as in StepInputs::sampling.

@@ -43,13 +43,14 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
   prefill.clear();
   const auto query_len = [&](int32_t s) { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; };
   int64_t chunks = 0;
-  in.max_decode_query_len = 0;
+  in.max_decode_query_len = in.max_decode_chunks = 0;
   for (int32_t s = 0; s < num_seqs; ++s) {
     if (query_len(s) <= 0 || context_lens[s] <= 0) continue;
     if (query_len(s) <= tiling.decode_rows) {
       in.max_decode_query_len = std::max(in.max_decode_query_len, query_len(s));
       decode.push_back({s, (context_lens[s] + tiling.kv_chunk - 1) / tiling.kv_chunk});
       chunks += decode.back().index;
+      in.max_decode_chunks = std::max(in.max_decode_chunks, decode.back().index);
     } else {
       for (int32_t i = 0; i * tiling.q_tile < query_len(s); ++i) prefill.push_back({s, i});
     }

@@ -83,9 +83,11 @@ struct StepInputs {
   int32_t max_context_len = 0;
   int32_t block_table_stride = 0;
   int32_t max_decode_query_len = 0;  // longest query of a sequence in decode_items
+  int32_t max_decode_chunks = 0;     // most chunks of a sequence there
   int32_t num_decode_items = 0;
   int32_t num_whole_items = 0;  // those of them that are a whole sequence, index -1
   int32_t num_prefill_items = 0;
+  bool plain_sampling = false;  // no row has top-k, top-p or min-p; false also where nobody looked
 
   // [T]; an id below 0 stands for sampled_ids[-1 - id]: a token of the step before, which the host
   // has not seen yet.

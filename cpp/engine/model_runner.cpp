@@ -232,9 +232,11 @@ int ModelRunner::blocks_that_fit() const {
 void ModelRunner::capture_graphs() {
   StepBatch& batch = slots_[0].batch;
   for (size_t i = graph_sizes_.size(); i-- > 0;) {
-    for (int run = 0; run < 2; ++run) {
+    for (const bool plain : {true, true, false, false}) {
       batch.build(StepPlan(), graph_sizes_[i]);
-      compute(upload(batch), graph_sizes_[i]);
+      StepInputs in = upload(batch);
+      in.plain_sampling = plain;
+      compute(in, graph_sizes_[i]);
       backend_->synchronize();
     }
   }
@@ -267,7 +269,8 @@ void ModelRunner::compute(const StepInputs& in, int graph_rows) {
   backend_->run_step({graph_rows, 0}, std::ref(forward));
   if (in.num_logits == 0) return;
   const auto sample = [&] { sample_rows(in); };
-  backend_->run_step({in.num_logits <= max_logits_ ? graph_rows : 0, 1}, std::ref(sample));
+  backend_->run_step({in.num_logits <= max_logits_ ? graph_rows : 0, in.plain_sampling ? 1 : 2},
+                     std::ref(sample));
 }
 
 void ModelRunner::sample_rows(const StepInputs& in) {

@@ -100,6 +100,9 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   };
   wants_logprobs_ = any_row(0);
   wants_top_ = any_row(1);
+  inputs_.plain_sampling = std::none_of(
+      sampling_.begin(), sampling_.end(),
+      [](const SamplingRow& row) { return row.top_k > 0 || row.top_p < 1 || row.min_p > 0; });
   if (padded_rows > 0) add_padding(padded_rows);
   if (tiling_.kv_chunk > 0)
     build_attn_items(cu_seqlens_q_.data(), context_lens_.data(),

@@ -137,12 +137,16 @@ void Decoder::attention(size_t index, const StepInputs& in) {
   rope.q_norm = w.q_norm;
   rope.k_norm = w.k_norm;
   rope.norm_eps = config_.norm_eps;
-  backend_.rope_kv_write(qkv, in, rope, kv);
   AttnArgs a;
   a.num_heads = config_.num_heads;
   a.scale = config_.attn_scale != 0.0f ? config_.attn_scale
                                        : 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
   a.window = c.window;
+  a.rope = &rope;
+  if (!backend_.fuses(in, a, kv)) {
+    a.rope = nullptr;
+    backend_.rope_kv_write(qkv, in, rope, kv);
+  }
   backend_.attention(qkv, in, a, kv, acts_.attn.rows(t));
 }
 

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../../../cuda/attention_plan.h"
+#include "core/attn_items.h"
 #include "device_array.h"
 
 namespace ni::cuda {
@@ -214,6 +215,95 @@ class Scene {
     }
     EXPECT_TRUE(workspace.intact());
     return first;
+  }
+
+  // Every sequence's last token, and one row of padding: rotated by attention and by the kernel of
+  // its own, into the cache as it was.
+  void expect_fused_rope_is_separate(const RopeArgs& rope) {
+    const auto n = static_cast<int32_t>(seqs_.size()) + 1;
+    const int32_t cols = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim, stride = cols + 8;
+    std::vector<int32_t> starts(static_cast<size_t>(n) + 1), contexts, positions, tables;
+    std::iota(starts.begin(), starts.end(), 0);
+    std::vector<int64_t> slots;
+    for (int32_t s = 0; s < n; ++s) {
+      const bool is_padding = s + 1 == n;
+      const Sequence& seq = seqs_[static_cast<size_t>(is_padding ? 0 : s)];
+      const auto context = static_cast<int32_t>(seq.q.size() / static_cast<size_t>(shape_.cols()));
+      contexts.push_back(is_padding ? 0 : context);
+      positions.push_back(is_padding ? 0 : context - 1);
+      const int32_t block = (context - 1) / shape_.block_size;
+      slots.push_back(is_padding
+                          ? -1
+                          : int64_t{seq.table[static_cast<size_t>(block)]} * shape_.block_size +
+                                (context - 1) % shape_.block_size);
+      for (int32_t b = 0; b < max_blocks_; ++b)
+        tables.push_back(b <= block && !is_padding ? seq.table[static_cast<size_t>(b)] : 0);
+    }
+    StepInputs in;
+    std::vector<AttnItem> items, none;
+    build_attn_items(starts.data(), contexts.data(), n,
+                     {cuda::kKvChunk, 1, cuda::kDecodeRows, 4096}, items, none, in);
+    const DeviceArray<int32_t> d_starts(starts), d_contexts(contexts), d_positions(positions),
+        d_tables(tables);
+    const DeviceArray<int64_t> d_slots(slots);
+    const DeviceArray<AttnItem> d_items(items);
+    in.num_tokens = in.num_seqs = n;
+    in.block_table_stride = max_blocks_;
+    in.cu_seqlens_q = d_starts.data();
+    in.context_lens = d_contexts.data();
+    in.block_tables = d_tables.data();
+    in.positions = d_positions.data();
+    in.slot_mapping = d_slots.data();
+    in.decode_items = d_items.data();
+    const DeviceArray<StepInputs> d_in(std::vector<StepInputs>{in});
+    const std::vector<float> qkv = normal_floats(static_cast<size_t>(n * stride), draw());
+    const size_t bytes = k_->bytes();
+    std::vector<char> before[2] = {std::vector<char>(bytes), std::vector<char>(bytes)};
+    k_->download(before[0].data(), bytes);
+    v_->download(before[1].data(), bytes);
+    DeviceBytes workspace(cuda::decode_workspace_bytes(4096, n, shape_.heads, shape_.head_dim));
+    workspace.zero();
+
+    std::vector<float> rows[2];
+    std::vector<char> caches[2][2];
+    for (const bool fused : {false, true}) {
+      k_->upload(before[0].data(), bytes);
+      v_->upload(before[1].data(), bytes);
+      DeviceMatrix x(n, stride, shape_.dtype), out(n, shape_.cols() + 8, shape_.dtype);
+      x.fill(qkv);
+      cuda::AttnParams p;
+      p.q = x.data();
+      p.q_stride = stride;
+      p.out = out.data();
+      p.out_stride = shape_.cols() + 8;
+      p.dtype = shape_.dtype;
+      p.kv = view_;
+      p.args = {shape_.heads, shape_.scale(), shape_.window, shape_.softcap};
+      p.step = d_in.data();
+      if (fused) {
+        ASSERT_TRUE(cuda::fuses_rope(p.args, rope, view_, 1, this_card()));
+        p.with_rope = p.settled = true;
+        p.rope = rope;
+      } else {
+        cuda::rope_kv_write(x.data(), stride, n, shape_.heads, d_positions.data(), d_slots.data(),
+                            rope, view_, shape_.dtype, false, nullptr);
+      }
+      cuda::attention_decode(p, 1, n, workspace.data(), this_card(), nullptr);
+      rows[fused] = take_rows(out, shape_.cols());
+      rows[fused].resize(rows[fused].size() - static_cast<size_t>(shape_.cols()));  // padding
+      for (const auto& [memory, to] :
+           {std::pair{&k_, &caches[fused][0]}, {&v_, &caches[fused][1]}}) {
+        to->resize(bytes);
+        (*memory)->download(to->data(), bytes);
+        EXPECT_TRUE((*memory)->intact());
+      }
+    }
+    EXPECT_TRUE(same_bits(rows[0], rows[1])) << differences(rows[0], rows[1], shape_.cols());
+    EXPECT_TRUE(caches[0][0] == caches[1][0]) << "K in the cache";
+    EXPECT_TRUE(caches[0][1] == caches[1][1]) << "V in the cache";
+    EXPECT_FALSE(caches[0][0] == before[0]);
+    k_->upload(before[0].data(), bytes);
+    v_->upload(before[1].data(), bytes);
   }
 
   // Rows first, first + step, … of a run's result against double precision: the largest error of a
@@ -535,6 +625,43 @@ TEST(CudaAttention, DecodeHasTheSameBitsEveryTime) {
 }
 
 // The inverse: what is seen matters, what is not does not.
+// Decodes of one token, whose q, k and v are still to be normalised, rotated and written: the bits
+// of rope_kv_write() and attention, in the result and in the cache.
+TEST(CudaAttention, RotatesAndWritesLikeTheKernelOfItsOwn) {
+  std::mt19937 rng(8);
+  const auto pick = [&](std::initializer_list<int32_t> of) {
+    return of.begin()[rng() % of.size()];
+  };
+  if (this_card().arch != 90) GTEST_SKIP() << "Hopper's kernel has this";
+  for (int round = 0; round < 32; ++round) {
+    const int32_t kv_heads = pick({1, 2, 3}), group = pick({1, 2, 4, 7, 12});
+    const Shape shape{kv_heads * group,
+                      kv_heads,
+                      pick({64, 96, 128, 256}),
+                      rng() % 2 == 0 ? DType::bf16 : DType::f16,
+                      rng() % 2 == 0,
+                      pick({16, 48, 64}),
+                      pick({0, 0, 2, 100, 300}),
+                      0};
+    SCOPED_TRACE(testing::Message() << shape);
+    const int32_t d = shape.head_dim, rotary = pick({0, d / 2, d, d});
+    std::vector<int32_t> lengths = {1, 17, 64, 65, 257};
+    for (int i = 0; i < 4; ++i) lengths.push_back(1 + static_cast<int32_t>(rng() % 900));
+    Scene scene(shape, lengths, static_cast<uint32_t>(500 + round));
+    const auto random = [&](size_t n) { return DeviceArray<float>(normal_floats(n, rng())); };
+    const auto angles = static_cast<size_t>(1000 * std::max(rotary / 2, 1));
+    const DeviceArray<float> cos = random(angles), sin = random(angles),
+                             q_norm = random(static_cast<size_t>(d)),
+                             k_norm = random(static_cast<size_t>(d));
+    RopeArgs rope;
+    rope.rotary_dim = rotary;
+    if (rotary > 0) rope.cos = cos.data(), rope.sin = sin.data();
+    if (rng() % 2 == 0) rope.q_norm.weight = q_norm.data(), rope.k_norm.weight = k_norm.data();
+    scene.expect_fused_rope_is_separate(rope);
+    if (HasFailure()) return;
+  }
+}
+
 TEST(CudaAttention, SeesItsWindowAndNothingElse) {
   const Shape wide{4, 1, 64, DType::bf16, false, 16, 0, 0},
       narrow{4, 1, 64, DType::bf16, false, 16, 50, 0};

@@ -75,9 +75,11 @@ struct Result {
 // none of those may be touched.
 class DeviceBatch {
  public:
-  explicit DeviceBatch(const Batch& b, int32_t max_logprobs = 0, int32_t first = 2)
+  explicit DeviceBatch(const Batch& b, int32_t max_logprobs = 0, int32_t first = 2,
+                       bool plain = false)
       : batch_(b),
         first_(first),
+        plain_(plain),
         max_logprobs_(max_logprobs),
         stride_(b.vocab + 5),
         logits_(b.rows.size() * stride_),
@@ -116,7 +118,7 @@ class DeviceBatch {
                             top_ids_.data(), top_logprobs_.data(), max_logprobs_};
     cuda::sample(logits_.data(), static_cast<int64_t>(stride_),
                  static_cast<int64_t>(batch_.rows.size()), static_cast<int64_t>(batch_.vocab),
-                 step_.data(), first_, out, workspace_.data(), this_card(), stream);
+                 step_.data(), first_, plain_, out, workspace_.data(), this_card(), stream);
   }
   void poison() {
     for (DeviceBytes* bytes : all_outputs()) bytes->poison();
@@ -147,7 +149,9 @@ class DeviceBatch {
   }
 
   const Batch& batch_;
-  int32_t first_, max_logprobs_;
+  int32_t first_;
+  bool plain_;
+  int32_t max_logprobs_;
   size_t stride_;
   DeviceArray<float> logits_;
   DeviceArray<SamplingRow> sampling_;
@@ -160,8 +164,9 @@ class DeviceBatch {
   DeviceBytes workspace_;
 };
 
-Result sample(const Batch& batch, int32_t max_logprobs = 0) {
-  DeviceBatch device(batch, max_logprobs);
+// `plain`: as if nobody had said that rows are narrowed.
+Result sample(const Batch& batch, int32_t max_logprobs = 0, bool plain = false) {
+  DeviceBatch device(batch, max_logprobs, 2, plain);
   device.launch();
   return device.read();
 }
@@ -372,7 +377,34 @@ TEST(CudaSampling, RandomParametersGiveTheReferencesTokens) {
       if (*std::max_element(z.begin(), z.end()) == -kInf) b.rows[r] = greedy();
     }
     expect_tokens(b, sample(b).ids);
+    expect_tokens(b, sample(b, 0, true).ids);
   }
+}
+
+// The tokens that are kept, listed and not: at the ends of a bin, as many as a list holds and one
+// more, all of them equal.
+TEST(CudaSampling, ListsEndWhereTheyShould) {
+  const size_t vocab = 6000;
+  Batch b(vocab);
+  const std::vector<float> spread = normal_floats(vocab, 77, 3);
+  std::vector<float> steps(vocab), two(vocab, -20.0f), few(vocab, -INFINITY);
+  for (size_t i = 0; i < vocab; ++i) steps[i] = -static_cast<float>(i * 7919 % vocab) / 64;
+  for (size_t i = 0; i < 2049; ++i) two[(i * 7) % vocab] = 1;
+  for (size_t i = 0; i < 5; ++i) few[1000 * i + 7] = static_cast<float>(i);
+  for (const std::vector<float>& logits : {spread, steps, two, few})
+    for (const int32_t k : {1, 2, 5, 2047, 2048, 2049, 5999})
+      for (const float p : {1.0f, 0.999f, 0.5f, 0.0f})
+        for (const float min_p : {0.0f, 1e-3f, 0.5f, 1.0f}) {
+          SamplingRow row;
+          row.top_k = k == 5999 ? 0 : k;
+          row.top_p = p;
+          row.min_p = min_p;
+          row.seed = 5;
+          row.position = static_cast<int32_t>(b.rows.size());
+          b.add(logits, row);
+        }
+  expect_tokens(b, sample(b).ids);
+  expect_tokens(b, sample(b, 0, true).ids);
 }
 
 TEST(CudaSampling, DrawsByTheInverseCdfOfPhilox) {
@@ -729,7 +761,7 @@ TEST(CudaSampling, WrongArgumentsAreRefused) {
   DeviceArray<StepInputs> step(1);
   DeviceBytes workspace(cuda::sample_workspace_bytes(1, 8));
   const auto call = [&](int64_t rows, int64_t vocab, int32_t first, const SampleOutputs& out) {
-    cuda::sample(logits.data(), 8, rows, vocab, step.data(), first, out, workspace.data(),
+    cuda::sample(logits.data(), 8, rows, vocab, step.data(), first, false, out, workspace.data(),
                  this_card(), nullptr);
   };
   SampleOutputs out;
