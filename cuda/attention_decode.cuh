@@ -58,11 +58,11 @@ struct alignas(16) Work {
   __device__ bool is_part() const { return chunks() < num_chunks; }
 };
 
-// Fills in all of an item's work but item, kv_head and row_tile. False: there is nothing to do, for
-// the chunk lies before the window or the row tile after the last row.
-__device__ __forceinline__ bool find_work(const DecodeParams& p, Work& w) {
+// Fills in all of an item's work but item, kv_head and row_tile; `item`: what the list has there.
+// False: there is nothing to do, for the chunk lies before the window or the row tile after the
+// last row.
+__device__ __forceinline__ bool find_work(const DecodeParams& p, const AttnItem& item, Work& w) {
   const StepInputs& in = *p.attn.step;
-  const AttnItem item = in.decode_items[w.item];
   w.seq = item.seq;
   w.query_begin = in.cu_seqlens_q[w.seq];
   w.query_len = in.cu_seqlens_q[w.seq + 1] - w.query_begin;
@@ -71,7 +71,6 @@ __device__ __forceinline__ bool find_work(const DecodeParams& p, Work& w) {
   w.first_chunk = first / kKvChunk;
   w.num_chunks = max(1, (w.context + kKvChunk - 1) / kKvChunk - w.first_chunk);
   w.first_item = w.item - max(item.index, 0);
-  if (p.attn.with_rope) w.slot = static_cast<int>(in.slot_mapping[w.query_begin]);
   w.is_whole = item.index < 0 ? 1 : 0;
   w.tile_begin = first / kTile;
   w.tile_end = max(w.tile_begin + 1, (w.context + kTile - 1) / kTile);
@@ -91,7 +90,7 @@ __device__ __forceinline__ bool find_unit(const DecodeParams& p, int unit, Work&
   unit /= p.row_tiles;
   w.kv_head = unit % p.attn.kv.num_kv_heads;
   w.item = unit / p.attn.kv.num_kv_heads;
-  return find_work(p, w);
+  return find_work(p, p.attn.step->decode_items[w.item], w);
 }
 
 // Counts a part that has been written. True for the last one of its result: the others can be read

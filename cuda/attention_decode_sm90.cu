@@ -97,28 +97,13 @@ struct Memory {
 
 __device__ __forceinline__ Work broadcast(const Work& w, int lane) {
   const auto get = [&](int v) { return __shfl_sync(kAll, v, lane); };
-  return {get(w.item),        get(w.kv_head),     get(w.row_tile),   get(w.seq),
-          get(w.query_begin), get(w.query_len),   get(w.context),    get(w.tile_begin),
-          get(w.tile_end),    get(w.first_chunk), get(w.num_chunks), get(w.first_item),
-          get(w.is_whole),    get(w.slot)};
-}
-
-// The items in another order, in which a CTA takes a range of neighbours: sequences ascending; of
-// each all chunks for the first kv head and row tile, then for the next. Such a range has few
-// results that others work at, too.
-__device__ __forceinline__ bool find_chunk(const DecodeParams& p, int unit, Work& w) {
-  const StepInputs& in = *p.attn.step;
-  const int tiles = p.attn.kv.num_kv_heads * p.row_tiles;
-  const int some = unit / tiles;  // item of the sequence
-  const AttnItem item = in.decode_items[some];
-  const int first = some - max(item.index, 0);
-  const int chunks =
-      item.index < 0 ? 1 : max(1, (in.context_lens[item.seq] + kKvChunk - 1) / kKvChunk);
-  const int tile = (unit - first * tiles) / chunks;
-  w.item = first + (unit - first * tiles) % chunks;
-  w.kv_head = tile / p.row_tiles;
-  w.row_tile = tile % p.row_tiles;
-  return find_work(p, w);
+  return {get(w.item),        get(w.kv_head),
+          get(w.row_tile),    get(w.seq),
+          get(w.query_begin), get(w.query_len),
+          get(w.context),     get(w.tile_begin),
+          get(w.tile_end),    get(w.first_chunk),
+          get(w.num_chunks),  get(w.first_item),
+          get(w.is_whole),    -1};
 }
 
 // With a window ranges would be unequal, for many chunks lie before it; with whole sequences, for
@@ -148,16 +133,48 @@ class Copier {
                     const CUtensorMap* v_map)
       : p_(p), memory_(memory), k_map_(k_map), v_map_(v_map) {}
 
+  // A range of as many units as any other CTA, or every so many-th. They are looked up 32 at a
+  // time, a lane each: the chain of loads is as long for one. Here and below everything stands
+  // once: the less code, the sooner it is there (docs/kernels.md).
   __device__ void run() {
-    if (has_ranges(p_)) {
-      run_range();
-    } else {
-      run_strided();
+    const int units = num_units(p_), ctas = num_ctas(p_), stride = gridDim.x;
+    const bool ranges = has_ranges(p_) && units > 0;
+    int unit = blockIdx.x, end = units;
+    if (ranges) {
+      unit = static_cast<int>(int64_t{blockIdx.x} * units / ctas);
+      end = static_cast<int>((int64_t{blockIdx.x} + 1) * units / ctas);
     }
-    wait_for_q();
-    Work end{};
-    end.item = -1;
-    announce(end);
+    Work mine{};
+    uint32_t todo = 0;
+    for (bool has_more = true; has_more;) {
+      if (todo == 0 && unit < end) {
+        mine = {};
+        const int my_unit = unit + lane_ * (ranges ? 1 : stride);
+        const bool has_work = my_unit < end && find_unit(my_unit, ranges, mine);
+        const int chunk = mine.item - mine.first_item;
+        // Of a result, the first chunk of a range takes the others.
+        todo = __ballot_sync(kAll, has_work && (!ranges || lane_ == 0 || chunk == 0));
+        unit += 32 * (ranges ? 1 : stride);
+        if (ranges) {
+          int last = unit;
+          if (mine.is_whole == 0) {
+            const int chunks = min(mine.num_chunks - chunk, end - my_unit);
+            mine.tile_end = min((chunk + chunks) * kChunkTiles, (mine.context + kTile - 1) / kTile);
+            last = max(last, my_unit + chunks);
+          }
+          if (todo != 0) unit = __shfl_sync(kAll, last, 31 - __clz(todo));
+        }
+        continue;
+      }
+      has_more = todo != 0;
+      Work w = broadcast(mine, has_more ? __ffs(todo) - 1 : 0);
+      if (!has_more) {
+        w.item = -1;
+        w.tile_begin = w.tile_end = 0;
+      }
+      todo &= todo - 1;
+      copy(w);
+    }
   }
 
  private:
@@ -166,50 +183,29 @@ class Copier {
 
   __device__ const RopeArgs& rope() const { return p_.attn.rope; }
 
-  // As many chunks as any other CTA. They are looked up 32 at a time, a lane each: the chain of
-  // loads is as long for one.
-  __device__ __forceinline__ void run_range() {
-    const int64_t units = num_units(p_), ctas = num_ctas(p_);
-    if (blockIdx.x >= ctas) return;
-    const int end = static_cast<int>((blockIdx.x + 1) * units / ctas);
-    for (int unit = static_cast<int>(blockIdx.x * units / ctas); unit < end;) {
-      Work mine{};
-      const int my_unit = unit + lane_;
-      const bool has_work = my_unit < end && find_chunk(p_, my_unit, mine);
-      const int chunk = mine.item - mine.first_item;
-      // Of a result, the first chunk here takes the others.
-      int last = unit + 32;
-      uint32_t todo = __ballot_sync(kAll, has_work && (lane_ == 0 || chunk == 0));
-      if (mine.is_whole == 0) {
-        const int chunks = min(mine.num_chunks - chunk, end - my_unit);
-        mine.tile_end = min((chunk + chunks) * kChunkTiles, (mine.context + kTile - 1) / kTile);
-        last = max(last, my_unit + chunks);
-      }
-      unit = todo == 0 ? unit + 32 : __shfl_sync(kAll, last, 31 - __clz(todo));
-      for (; todo != 0; todo &= todo - 1) copy(broadcast(mine, __ffs(todo) - 1));
+  // Ranges have the items in another order: sequences ascending; of each all chunks for the first
+  // kv head and row tile, then for the next. So a range has few results that others work at, too.
+  __device__ __forceinline__ bool find_unit(int unit, bool ranges, Work& w) const {
+    const StepInputs& in = *p_.attn.step;
+    const int tiles = p_.attn.kv.num_kv_heads * p_.row_tiles;
+    int some = unit / tiles, tile = unit % tiles;  // item of the sequence
+    AttnItem item = in.decode_items[some];
+    w.item = some;
+    if (ranges) {
+      const int first = some - max(item.index, 0);
+      const int chunks =
+          item.index < 0 ? 1 : max(1, (in.context_lens[item.seq] + kKvChunk - 1) / kKvChunk);
+      const int in_seq = unit - first * tiles;
+      tile = in_seq / chunks;
+      w.item = first + in_seq % chunks;
+      if (item.index >= 0) item.index = in_seq % chunks;
     }
+    w.kv_head = tile / p_.row_tiles;
+    w.row_tile = tile % p_.row_tiles;
+    return find_work(p_, item, w);
   }
 
-  __device__ __forceinline__ void run_strided() {
-    const int units = num_units(p_), stride = gridDim.x;
-    for (int base = blockIdx.x; base < units; base += 32 * stride) {
-      Work mine{};
-      const int unit = base + lane_ * stride;
-      const bool has_work = unit < units && find_unit(p_, unit, mine);
-      for (uint32_t todo = __ballot_sync(kAll, has_work); todo != 0; todo &= todo - 1)
-        copy(broadcast(mine, __ffs(todo) - 1));
-    }
-  }
-
-  // q and this step's K and V come from the kernel before.
-  __device__ __forceinline__ void wait_for_q() {
-    if (has_q_) return;
-    has_q_ = true;
-    wait_for_previous();
-    let_next_start();
-  }
-
-  __device__ __forceinline__ void announce(const Work& w) {
+  __device__ __forceinline__ void announce(const Work& w, int slot) {
     wait(memory_.unit_empty(unit_.stage), unit_.phase ^ 1);
     const int rows = w.item < 0 ? 0 : w.rows_of_tile(p_.group);
     const uint32_t full = memory_.unit_full(unit_.stage);
@@ -217,6 +213,7 @@ class Copier {
     const int angle_bytes = kRope && rows > 0 && rope().cos != nullptr ? 2 * rope().rotary_dim : 0;
     if (lane_ == 0) {
       memory_.work(unit_.stage) = w;
+      memory_.work(unit_.stage).slot = slot;
       arrive_expecting(full, heads * 2 * D + 2 * angle_bytes);
     }
     __syncwarp();
@@ -239,46 +236,61 @@ class Copier {
     unit_.advance(kDecodeUnits);
   }
 
+  // Of a chunk, K of its tiles, then V. No work (an item below 0) ends the others' loops, too.
   __device__ __forceinline__ void copy(const Work& w) {
     // With kRope tiles need nothing of this step.
     const int old_tiles = kRope ? w.tile_end : (w.context - w.query_len) / kTile;
-    bool announced = has_q_;
-    if (announced) announce(w);
-    const auto ensure_announced = [&] {
-      if (announced) return;
-      announced = true;
-      wait_for_q();
-      announce(w);
-    };
     const int32_t* table =
         p_.attn.step->block_tables + static_cast<int64_t>(w.seq) * p_.attn.step->block_table_stride;
-    for (int begin = w.tile_begin; begin < w.tile_end;) {
-      const int chunk = begin / kChunkTiles, end = min(w.tile_end, (chunk + 1) * kChunkTiles);
-      // Lanes 0 to 15 have a piece of 16 tokens each.
-      const int token = chunk * kKvChunk + 16 * lane_;
-      const bool has_piece = lane_ < kKvChunk / 16 && token < w.context;
-      const int index = token / p_.attn.kv.block_size;
-      const int slot = token - index * p_.attn.kv.block_size;
-      const int block = has_piece ? table[index] : 0;
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half)
-#pragma unroll 1
-        for (int tile = begin; tile < end; ++tile) {
-          if (tile >= old_tiles || copied_ >= kStages) ensure_announced();
-          const int valid = min(kTile, w.context - tile * kTile);
-          wait(memory_.empty(place_.stage), place_.phase ^ 1);
-          const uint32_t full = memory_.full(place_.stage);
-          if (lane_ == 0) arrive_expecting(full, (valid + 15) / 16 * Layout::kPieceBytes);
-          __syncwarp();
-          if (has_piece && lane_ / 4 == tile % kChunkTiles)
-            copy_box(memory_.tile(place_.stage) + lane_ % 4 * Layout::kPieceBytes,
-                     half == 0 ? k_map_ : v_map_, 0, slot, 0, w.kv_head, block, full);
-          place_.advance(kStages);
-          ++copied_;
+    int new_slot = -1;
+    if (kRope && w.item >= 0)
+      new_slot = static_cast<int>(p_.attn.step->slot_mapping[w.query_begin]);
+    bool is_announced = false, has_piece = false, is_v = false;
+    int block = 0, slot = 0, begin = w.tile_begin, end = begin, tile = begin;
+    for (;; place_.advance(kStages), ++copied_) {
+      if (tile == end && is_v) {
+        is_v = false;
+        begin = tile;
+      } else if (tile == end) {
+        is_v = tile > begin;
+        tile = begin;
+      }
+      const bool is_done = !is_v && begin == w.tile_end;
+      // q and this step's K and V come from the kernel before.
+      if (!is_announced && (is_done || has_q_ || tile >= old_tiles || copied_ >= kStages)) {
+        is_announced = true;
+        if (!has_q_) {
+          // What has no room in the ring yet comes into L2.
+          const int mine = begin / kChunkTiles * kChunkTiles + lane_ / 4;
+          if (has_piece && mine >= begin && mine < end) {
+            if (!is_v && mine >= tile) prefetch_box(k_map_, 0, slot, 0, w.kv_head, block);
+            if (!is_v || mine >= tile) prefetch_box(v_map_, 0, slot, 0, w.kv_head, block);
+          }
+          wait_for_previous();
         }
-      begin = end;
+        has_q_ = true;
+        if (w.item < 0) let_next_start();  // not sooner: what it brings would come before all tiles
+        announce(w, new_slot);
+      }
+      if (is_done) break;
+      if (!is_v && tile == begin) {  // lanes 0 to 15 have a piece of 16 tokens of the chunk each
+        const int chunk = begin / kChunkTiles, token = chunk * kKvChunk + 16 * lane_;
+        end = min(w.tile_end, (chunk + 1) * kChunkTiles);
+        has_piece = lane_ < kKvChunk / 16 && token < w.context;
+        const int index = token / p_.attn.kv.block_size;
+        slot = token - index * p_.attn.kv.block_size;
+        block = has_piece ? table[index] : 0;
+      }
+      const int valid = min(kTile, w.context - tile * kTile);
+      wait(memory_.empty(place_.stage), place_.phase ^ 1);
+      const uint32_t full = memory_.full(place_.stage);
+      if (lane_ == 0) arrive_expecting(full, (valid + 15) / 16 * Layout::kPieceBytes);
+      __syncwarp();
+      if (has_piece && lane_ / 4 == tile % kChunkTiles)
+        copy_box(memory_.tile(place_.stage) + lane_ % 4 * Layout::kPieceBytes,
+                 is_v ? v_map_ : k_map_, 0, slot, 0, w.kv_head, block, full);
+      ++tile;
     }
-    ensure_announced();
   }
 
   const DecodeParams& p_;
@@ -319,17 +331,11 @@ class Computer {
   __device__ void run() {
     bool has_part = false;
     for (Place unit;; unit.advance(kDecodeUnits)) {
-      [[maybe_unused]] NormPairs q_norm, k_norm;  // on their way while others are waited for
-      if constexpr (kRope) {
-        load_norm(q_norm, p_.attn.rope.q_norm.weight);
-        load_norm(k_norm, p_.attn.rope.k_norm.weight);
-      }
       wait(memory_.unit_full(unit.stage), unit.phase);
       const Work& w = memory_.work(unit.stage);  // read where it is needed: registers are few
       if (w.item < 0) break;
       unit_ = unit.stage;
-      if constexpr (kRope) rotate(w, q_norm, k_norm);
-      load_q(memory_.q(unit.stage));
+      if constexpr (kRope) rotate(w);
       if constexpr (kRope) write_cache(w);
       attend(w);
       if (has_part) finish_part();
@@ -361,36 +367,29 @@ class Computer {
 
   // -- With kRope: pairs of elements as rope.cuh has them.
   static constexpr int kPairs = (D + 63) / 64;
-  using NormPairs = float2[kPairs];
   __device__ __forceinline__ bool has_pair(int k) const {
     return D % 64 == 0 || 2 * lane_ + 64 * k < D;
   }
-  __device__ __forceinline__ void load_norm(NormPairs& pairs, const float* weight) const {
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k)
-      if (weight != nullptr && has_pair(k))
-        pairs[k] = __ldg(reinterpret_cast<const float2*>(weight + 2 * lane_ + 64 * k));
-  }
 
   // The unit's q, and k and v of its new token, a row a warp.
-  __device__ __forceinline__ void rotate(const Work& w, const NormPairs& q_norm,
-                                         const NormPairs& k_norm) {
+  __device__ __forceinline__ void rotate(const Work& w) {
     const RopeArgs& rope = p_.attn.rope;
     const int group = p_.group, rows = has_new_token(w) ? group + 2 : group;
     for (int row = warp_; row < rows; row += kDecodeWarps) {
       const bool is_k = row == group, is_v = row > group;
       T* x = memory_.template row<T>(unit_, row);
-      float2 v[kPairs], norm[kPairs];
+      const float* weight = (is_k ? rope.k_norm : rope.q_norm).weight;
+      float2 v[kPairs], norm[kPairs] = {};
 #pragma unroll
       for (int k = 0; k < kPairs; ++k) {
-        norm[k] = is_k ? k_norm[k] : q_norm[k];
         v[k] = {0, 0};
         if (!has_pair(k)) continue;
+        if (weight != nullptr)
+          norm[k] = __ldg(reinterpret_cast<const float2*>(weight + 2 * lane_ + 64 * k));
         const Vec<T, 2> e = *reinterpret_cast<const Vec<T, 2>*>(x + 2 * lane_ + 64 * k);
         v[k] = {as_float(e.v[0]), as_float(e.v[1])};
       }
-      if (!is_v && (is_k ? rope.k_norm : rope.q_norm).weight != nullptr)
-        normalise_head(v, norm, lane_, D, rope.norm_eps);
+      if (!is_v && weight != nullptr) normalise_head(v, norm, lane_, D, rope.norm_eps);
       if (!is_v && rope.cos != nullptr) turn(v, group);
       __syncwarp();  // all lanes have read
       const float inverse = 1.0f / (is_v ? p_.attn.kv.v_scale : p_.attn.kv.k_scale);
@@ -476,21 +475,19 @@ class Computer {
       insert(tile, to, true, kSegments * unit, kSegments * (unit + 1));
   }
 
-  // Fragments of the 16 rows; those of rows that do not exist are what lay there.
-  __device__ __forceinline__ void load_q(uint32_t q) {
+  // Fragments of the 16 rows and 16 dimensions k; those of rows that do not exist are what lay
+  // there.
+  __device__ __forceinline__ void load_q(uint32_t (&q)[4], uint32_t at, int k) const {
     constexpr int kRow = Memory<C, D>::kQRow;
+    if constexpr (kIsFp8<C>) {  // in the order in which load_k's lanes hold the dimensions
 #pragma unroll
-    for (int k = 0; k < D / 16; ++k) {
-      if constexpr (kIsFp8<C>) {  // in the order in which load_k's lanes hold the dimensions
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
-                       : "=r"(q_[k][r]), "=r"(q_[k][2 + r])
-                       : "r"(q + (lane_ / 4 + 8 * r) * kRow + k * 32 + lane_ % 4 * 8)
-                       : "memory");
-      } else {
-        ldmatrix_x4(q_[k], q + lane_ % 16 * kRow + (2 * k + lane_ / 16) * 16);
-      }
+      for (int r = 0; r < 2; ++r)
+        asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];"
+                     : "=r"(q[r]), "=r"(q[2 + r])
+                     : "r"(at + (lane_ / 4 + 8 * r) * kRow + k * 32 + lane_ % 4 * 8)
+                     : "memory");
+    } else {
+      ldmatrix_x4(q, at + lane_ % 16 * kRow + (2 * k + lane_ / 16) * 16);
     }
   }
 
@@ -538,16 +535,27 @@ class Computer {
     if (has_tile) cap_and_mask(s, mine);
     share_maxima(s, has_tile);
     sync();  // maxima are there; all are done with the P before
-    float alpha[kChunkTiles][2] = {};
+    float4 tops[2] = {};
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
-      if (has_row(r)) softmax(s, r, has_tile, alpha, chunk.m[r]);
+    for (int r = 0; r < 2; ++r) {
+      if (!has_row(r)) continue;
+      tops[r] = memory_.tops()[lane_ / 4 + 8 * r];
+      if (has_tile) softmax(s, r, tops[r]);
+    }
     sync();
-#pragma unroll
+    // Not all four beside each other: what runs once a launch takes longer to fetch than to run.
+#pragma unroll 2
     for (int i = 0; i < kChunkTiles; ++i) {
       const int tile = begin / kChunkTiles * kChunkTiles + i;
       if (tile < begin || tile >= end) continue;
-      chunk.scale(alpha[i]);  // of nothing: it stays
+      float alpha[2];  // what sums are worth under this tile's maximum
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float moved = fmaxf(chunk.m[r], top_of(tops[r], i));
+        alpha[r] = rescale(chunk.m[r], safe_max(moved), p_.scale.c);
+        chunk.m[r] = moved;
+      }
+      chunk.scale(alpha);  // of nothing: it stays
       const uint32_t v = memory_.tile(place_.stage);
       wait(memory_.full(place_.stage), place_.phase);
       const int valid = context_ - tile * kTile;
@@ -577,16 +585,20 @@ class Computer {
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = 0;
+#pragma unroll 1
+    for (int k2 = 0; k2 < D / 32; ++k2) {
+      uint32_t q[2][4];
 #pragma unroll
-    for (int k2 = 0; k2 < D / 32; ++k2)
+      for (int k = 0; k < 2; ++k) load_q(q[k], memory_.q(unit_), 2 * k2 + k);
 #pragma unroll
       for (int n2 = 0; n2 < kTile / 16; ++n2) {
         Fragments b;
         load_k<T, C, Layout>(b, k_tile, 16 * n2, k2, lane_);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          mma<T>(s[2 * n2 + i % 2], q_[2 * k2 + i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
+          mma<T>(s[2 * n2 + i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
       }
+    }
   }
 
   __device__ __forceinline__ void cap_and_mask(Scores& s, int tile) const {
@@ -612,21 +624,18 @@ class Computer {
     }
   }
 
-  // Of row g + 8 r: the maximum moves on tile by tile, alpha says what sums are worth then; this
-  // warp's part of P goes to shared memory.
-  __device__ __forceinline__ void softmax(const Scores& s, int r, bool has_tile,
-                                          float (&alpha)[kChunkTiles][2], float& m) const {
-    const float4 tops = memory_.tops()[lane_ / 4 + 8 * r];
-    const float top[kChunkTiles] = {tops.x, tops.y, tops.z, tops.w};
-    float minus_mc = 0;
+  static __device__ __forceinline__ float top_of(const float4& tops, int tile) {
+    return tile == 0 ? tops.x : tile == 1 ? tops.y : tile == 2 ? tops.z : tops.w;
+  }
+
+  // This warp's part of P, rows g + 8 r, goes to shared memory. The maximum is that of a walk
+  // through the tiles up to this one.
+  __device__ __forceinline__ void softmax(const Scores& s, int r, const float4& tops) const {
+    float m = tops.x;
 #pragma unroll
-    for (int i = 0; i < kChunkTiles; ++i) {
-      const float moved = fmaxf(m, top[i]), safe = safe_max(moved);
-      alpha[i][r] = rescale(m, safe, p_.scale.c);
-      m = moved;
-      if (i == warp_) minus_mc = -__fmul_rn(safe, p_.scale.c);
-    }
-    if (!has_tile) return;
+    for (int i = 1; i < kChunkTiles; ++i)
+      if (i <= warp_) m = fmaxf(m, top_of(tops, i));
+    const float minus_mc = -__fmul_rn(safe_max(m), p_.scale.c);
     const uint32_t p = memory_.p(warp_);
 #pragma unroll
     for (int n = 0; n < kTile / 8; ++n)
@@ -659,7 +668,6 @@ class Computer {
   const int lane_ = threadIdx.x % 32, warp_ = threadIdx.x / 32;
   Place place_;
   uint32_t counted_phase_ = 0;
-  uint32_t q_[D / 16][4];
   int position_[2], rows_ = 0, context_ = 0;
   int unit_ = 0;
 };

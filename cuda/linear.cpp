@@ -403,8 +403,12 @@ struct Linear::Impl {
         best = plan.microseconds;
     }
     std::erase_if(all, [](const Plan& p) { return p.microseconds <= 0; });
+    // Our own kernel starts while the one before ends, and lets the next one do so; behind lm_head
+    // comes little.
+    const float overlap_us = key.f32_out ? 0.0f : 2.5f;
+    const auto cost = [&](const Plan& p) { return p.microseconds - (p.skinny ? overlap_us : 0); };
     std::sort(all.begin(), all.end(),
-              [](const Plan& a, const Plan& b) { return a.microseconds < b.microseconds; });
+              [&](const Plan& a, const Plan& b) { return cost(a) < cost(b); });
     for (const Plan& plan : all)
       if (!options.batch_invariant || is_canonical(plan, x, *weights[0], key, out, other))
         return plan;

@@ -169,8 +169,9 @@ __global__ void __launch_bounds__(256) skinny_kernel(const __grid_constant__ Ski
   cp_async_wait<0>();
 
   const auto store = [&](int row, int col, float v) {
-    if (row < p.m && col < p.n)
-      store_linear<T>(p.a, row * p.a.out_stride + col, with_bias<T>(p.a, v, col));
+    if (row >= p.m || col >= p.n) return;
+    const int64_t at = row * p.a.out_stride + col;
+    store_linear<T>(p.a, at, with_bias<T>(p.a, v, col), load_linear<T>(p.a, at));
   };
   const int col = first_col + 8 * warp + lane % 4 * 2;
 #pragma unroll

@@ -21,17 +21,21 @@ __device__ __forceinline__ T round_linear(float v) {
   }
 }
 
-// `at`: elements from a.out.
+// What a sum is added to. `at`: elements from a.out.
 template <typename T>
-__device__ __forceinline__ void store_linear(const SkinnyArgs& a, int64_t at, float v) {
+__device__ __forceinline__ float load_linear(const SkinnyArgs& a, int64_t at) {
+  return a.accumulate ? as_float(static_cast<const T*>(a.out)[at]) : 0;
+}
+template <typename T>
+__device__ __forceinline__ void store_linear(const SkinnyArgs& a, int64_t at, float v,
+                                             float before) {
   if (a.out_dtype == DType::f32) {
     static_cast<float*>(a.out)[at] = v;
     return;
   }
-  T* to = static_cast<T*>(a.out) + at;
   T rounded = round_linear<T>(v);
-  if (a.accumulate) rounded = from_float<T>(__fadd_rn(as_float(*to), as_float(rounded)));
-  *to = rounded;
+  if (a.accumulate) rounded = from_float<T>(__fadd_rn(before, as_float(rounded)));
+  static_cast<T*>(a.out)[at] = rounded;
 }
 
 }  // namespace ni::cuda

@@ -78,6 +78,14 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(barrier)
       : "memory");
 }
+// The box comes into L2.
+__device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, int32_t y,
+                                             int32_t z, int32_t w, int32_t v) {
+  asm volatile(
+      "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+      "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
+      : "memory");
+}
 // Consecutive bytes, a multiple of 16, from and to multiples of 16.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes,
                                            uint32_t barrier) {

@@ -114,18 +114,24 @@ double Timer::us_of(int64_t calls, int64_t copies, const Call& call) {
   for (int64_t i = 0; i < calls; ++i) call(i % copies);
   check_cuda(cudaStreamEndCapture(stream_, &graph), "capture");
   check_cuda(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  const double us =
+      us_on_stream([&](int64_t) { check_cuda(cudaGraphLaunch(exec, stream_), "cudaGraphLaunch"); });
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  return us / static_cast<double>(calls);
+}
+
+double Timer::us_on_stream(const Call& call) {
   // All at once, so that the card never waits for the host.
   for (int i = -kWarmups; i < kRounds; ++i) {
     if (i >= 0) record(i);
-    check_cuda(cudaGraphLaunch(exec, stream_), "cudaGraphLaunch");
+    call(i);
   }
   record(kRounds);
   std::vector<double> times;
   for (int i = 0; i < kRounds; ++i) times.push_back(between(i, i + 1));
-  cudaGraphExecDestroy(exec);
-  cudaGraphDestroy(graph);
   std::nth_element(times.begin(), times.begin() + kRounds / 2, times.end());
-  return times[kRounds / 2] / static_cast<double>(calls);
+  return times[kRounds / 2];
 }
 
 void Timer::record(int i) {

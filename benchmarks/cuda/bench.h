@@ -114,6 +114,8 @@ class Timer {
   double us(int64_t copies, const Call& call);
   // The same with a graph of `calls` of them.
   double us_of(int64_t calls, int64_t copies, const Call& call);
+  // The same without a graph, for long calls: a copy is slower as a node of a graph.
+  double us_on_stream(const Call& call);
 
  private:
   static constexpr int kRounds = 9, kWarmups = 2;

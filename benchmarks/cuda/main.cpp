@@ -24,7 +24,7 @@ void bench_ceilings(Bench& b) {
   const double tflops = product_tflops(b);  // also brings the clocks up
   constexpr int64_t kBytes = 1024 * kMiB;
   const Device<bf16> from = random_bf16(kBytes / 2), to(kBytes / 2);
-  const double us = b.timer.us(1, [&](int64_t) {
+  const double us = b.timer.us_on_stream([&](int64_t) {
     check_cuda(
         cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice, b.timer.stream()),
         "a copy");

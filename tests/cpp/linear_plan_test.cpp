@@ -89,9 +89,8 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
             EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
             EXPECT_TRUE(p.warps >= 1 && p.warps <= (p.shares > 1 ? kSkinnyShareWarps : 8));
-            EXPECT_EQ(p.warps * p.strips, p.tile * p.shares);
-            EXPECT_TRUE(p.shares == 1 || (p.strips == 1 && p.shares * 16 == p.rows));
-            EXPECT_TRUE(p.strips == 1 || (p.strips == 2 && p.atoms == 1));
+            EXPECT_EQ(p.warps, p.tile * p.shares);
+            EXPECT_TRUE(p.shares == 1 || p.shares * 16 == p.rows);
             EXPECT_LE(16 * p.tile, 256);  // rows of a box
             EXPECT_GE(p.tiles(n) * 16 * p.tile, n);
             EXPECT_LE(p.ctas, std::min<int64_t>(card.sms, p.tiles(n)));
@@ -115,6 +114,25 @@ TEST(LinearPlanSm90, SpreadsTheStripsEvenly) {
     const double even = std::ceil(static_cast<double>(n) / 16 / 132);
     EXPECT_LE(static_cast<double>(rounds * p.tile), even * 1.05) << n;
   }
+}
+
+// Where some multiprocessors have no CTA, or many rows follow kernels whose blocks end at different
+// times, two CTAs do not fit one multiprocessor.
+TEST(LinearPlanSm90, NoTwoOnOneMultiprocessorWhileOthersHaveNone) {
+  constexpr int kHalf = 228 * 1024 / 2 - 1024;  // of which two fit
+  for (const bool norm : {false, true})
+    for (const int64_t m : {1, 8, 16, 17, 32, 33, 64})
+      for (const int64_t n : {1024, 2048, 4096, 6144, 28672})
+        for (const int64_t k : {1024, 3072, 14336}) {
+          const auto p = plan_skinny_sm90(m, n, k, norm, 132, 227 * 1024, 228 * 1024);
+          if (norm && (m > 16 || !p.fits())) continue;
+          if (m > 16 || 2 * p.ctas <= 132) {
+            EXPECT_GT(p.smem, kHalf) << m << " x " << n << " x " << k;
+          }
+        }
+  // Few weights leave room for the next kernel; many need the room themselves.
+  EXPECT_LE(plan_skinny_sm90(1, 4096, 1024, true, 132, 227 * 1024, 228 * 1024).smem, kHalf);
+  EXPECT_GT(plan_skinny_sm90(1, 28672, 4096, false, 132, 227 * 1024, 228 * 1024).smem, 150 * 1024);
 }
 
 // Bytes on their way to a multiprocessor: a microsecond at the rate of its share of the memory.

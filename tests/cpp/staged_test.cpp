@@ -167,16 +167,17 @@ TEST(AttnItems, ShortQueriesMayHaveMoreItems) {
 }
 
 TEST(AttnItems, CountsGoWithTheLists) {
-  const auto expect = [](const Lists& l, int32_t rows, int32_t whole) {
+  const auto expect = [](const Lists& l, int32_t rows, int32_t whole, int32_t chunks) {
     EXPECT_EQ(l.in.num_decode_items, static_cast<int32_t>(l.decode.size()));
     EXPECT_EQ(l.in.num_prefill_items, static_cast<int32_t>(l.prefill.size()));
     EXPECT_EQ(l.in.max_decode_query_len, rows);
     EXPECT_EQ(l.in.num_whole_items, whole);
+    EXPECT_EQ(l.in.max_decode_chunks, chunks);
   };
-  expect(lists({1, 2, 9}, {1100, 600, 40}, {256, 64, 4, 4}), 2, 0);
-  expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 4}), 4, 1);
-  expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 2}), 4, 2);
-  expect(lists({9}, {40}, {256, 64, 4, 2}), 0, 0);
+  expect(lists({1, 2, 9}, {1100, 600, 40}, {256, 64, 4, 4}), 2, 0, 5);
+  expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 4}), 4, 1, 5);
+  expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 2}), 4, 2, 5);
+  expect(lists({9}, {40}, {256, 64, 4, 2}), 0, 0, 0);
 }
 
 TEST(AttnItems, PaddingRowsGetNone) {

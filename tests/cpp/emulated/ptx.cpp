@@ -298,6 +298,7 @@ Instruction find(std::string_view text) {
       {"atom.add.release", add_atomically},
       {"fence.", [](const Call&) {}},
       {"mbarrier.", use_barrier},
+      {"cp.async.bulk.prefetch", [](const Call&) {}},
       {"cp.async.bulk.tensor", copy_box},
       {"cp.async.bulk.shared", copy_bytes},
       {"bar.sync",
