@@ -288,7 +288,7 @@ class Copier {
       __syncwarp();
       if (has_piece && lane_ / 4 == tile % kChunkTiles)
         copy_box(memory_.tile(place_.stage) + lane_ % 4 * Layout::kPieceBytes,
-                 is_v ? v_map_ : k_map_, 0, slot, 0, w.kv_head, block, full);
+                 is_v ? v_map_ : k_map_, 0, slot, 0, w.kv_head, block, full, evict_first());
       ++tile;
     }
   }

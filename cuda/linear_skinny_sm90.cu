@@ -95,18 +95,20 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
   const int rows = static_cast<int>(p.a.rows), x_bytes = kWhole ? 0 : 128 * min(kRows, rows);
   const int bytes = kAtoms * (plan.tile * kStripBytes + x_bytes);
 
+  // Weights, which nobody reads again in this step, do not push out what all layers share.
+  const uint64_t once = evict_first();
   const auto copy_w = [&](const Source& from, int stage) {
     const uint32_t to = memory.stage(stage), barrier = memory.full(stage);
     const int row = from.tile * box_rows;
     arrive_expecting(barrier, bytes);
     if (!p.a.gated) {
-      copy_box(to, w_map, 0, row, from.stage * kAtoms, barrier);
+      copy_box(to, w_map, 0, row, from.stage * kAtoms, barrier, once);
       return;
     }
 #pragma unroll 1
     for (int i = 0; i < 2 * kAtoms; ++i)  // of an atom the gate's rows, then the others
       copy_box(to + i * box_rows * 128, w_map, 0, i % 2 * p.n + row, from.stage * kAtoms + i / 2,
-               barrier);
+               barrier, once);
   };
   const auto copy_x = [&](const Source& from, int stage) {
     const uint32_t to = memory.stage(stage) + kAtoms * plan.tile * kStripBytes;

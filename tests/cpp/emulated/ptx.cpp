@@ -234,7 +234,7 @@ void count_bytes(unsigned char* barrier, int bytes) {
   b.pass_if_done();
 }
 
-void copy_box(const Call& c) {  // to, map, coordinates, barrier
+void copy_box(const Call& c) {  // to, map, coordinates, barrier, perhaps a policy
   const auto& map = *c.value<const TensorMap*>(1);
   const auto rank = static_cast<size_t>(map.rank);
   const int64_t row_bytes = int64_t{map.boxes[0]} * map.element_bytes;
@@ -262,7 +262,7 @@ void copy_box(const Call& c) {  // to, map, coordinates, barrier
                                        : static_cast<unsigned char>(0);
     }
   }
-  count_bytes(c.shared(c.count - 1), static_cast<int>(rows * row_bytes));
+  count_bytes(c.shared(static_cast<int>(2 + rank)), static_cast<int>(rows * row_bytes));
 }
 
 void copy_bytes(const Call& c) {
@@ -298,6 +298,7 @@ Instruction find(std::string_view text) {
       {"atom.add.release", add_atomically},
       {"fence.", [](const Call&) {}},
       {"mbarrier.", use_barrier},
+      {"createpolicy.", [](const Call& c) { c.set(0, uint64_t{0}); }},
       {"cp.async.bulk.prefetch", [](const Call&) {}},
       {"cp.async.bulk.tensor", copy_box},
       {"cp.async.bulk.shared", copy_bytes},
