@@ -21,13 +21,15 @@ void allow_smem(Kernel kernel, size_t bytes, const char* name) {
 }
 
 // Programmatic dependent launch (CUDA guide, Hopper on): a kernel is put on the card before the one
-// before it has ended, and waits itself. let_next_start() allows the next kernel onto the card.
-// Before its wait_for_previous() a kernel that was launched with launch() writes nothing, and reads
-// only what no kernel of this step writes but its first ones, which wait: weights, the step's
-// inputs, tokens that were in the cache before; where the kernel before decides that, the caller
-// says so: `settled`. Then all that is older has ended once a kernel has waited, even if it let
-// the next one start before; that is worth it only where the next one has much to look up. (A block
-// that ends counts as if it had called let_next_start(); some block must wait.)
+// before it has ended, and waits itself. let_next_start() allows the next kernel onto the card, as
+// a rule only after the own wait_for_previous(): what starts early then runs beside the one kernel
+// before it, and all older ones have ended. Products with a norm call it before, for what follows
+// them has much to look up; it runs beside two. Before its wait a kernel that was launched with
+// launch() writes nothing and reads only what those do not write: weights, the step's inputs,
+// tokens that were in the cache before. Where that depends on who they are, the caller says so:
+// `settled`. So the first kernel of a step (after its inputs) and what stands between two kernels
+// that write and read a cache must wait before they let the next one start. (A block that ends
+// counts as if it had called let_next_start(); some block must wait.)
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

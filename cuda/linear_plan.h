@@ -61,8 +61,8 @@ inline constexpr SkinnyPlan plan_skinny(int64_t m, int64_t n, int num_sms, int m
 
 // A CTA a multiprocessor goes through tiles of up to 8 strips of 16 weight rows, a warp a strip, or
 // `shares` warps a strip, with 16 rows of x each. A stage of the ring is `atoms` times 64 columns
-// (128 bytes) of the tile's rows and of x; or x stands in shared memory as a whole, normalised
-// there.
+// (128 bytes) of the tile's rows and of x; or x stands in shared memory as a whole, with a norm
+// always.
 struct SkinnySm90Plan {
   int rows = 0;    // of x: 8, 16, 32 or 64
   int tile = 0;    // strips of a CTA

@@ -7,7 +7,7 @@
 // tiles of up to 8 strips of 16 weight rows (gated: 8 of the gate and their 8 others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
 // a warp a strip multiplies, or 2 or 4 warps, 16 rows of x each. x comes through the same ring, or
-// is normalised into shared memory as a whole by every CTA. W is the A operand (16 rows), x the B
+// as a whole, and is normalised where it lies, by every CTA. W is the A operand (16 rows), x the B
 // operand (8 rows), both read by ldmatrix. Moves N * K * 2 bytes once; bound by bandwidth. What
 // that takes: 50 KB (H100) to 150 KB (H200) in flight on every multiprocessor from the kernel's
 // first moment on (the ring fills while the kernel before still works: weights depend on nobody),
@@ -158,7 +158,7 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
       copy_x(next, place.stage);
     }
   }
-  // The next kernel's ring shall fill while this one's last stages are multiplied, not before.
+  // Without a norm the next kernel's ring fills while this one's last stages are multiplied.
   let_next_start();
 }
 

@@ -648,7 +648,9 @@ TEST(CudaAttention, RotatesAndWritesLikeTheKernelOfItsOwn) {
     std::vector<int32_t> lengths = {1, 17, 64, 65, 257};
     for (int i = 0; i < 4; ++i) lengths.push_back(1 + static_cast<int32_t>(rng() % 900));
     Scene scene(shape, lengths, static_cast<uint32_t>(500 + round));
-    const auto random = [&](size_t n) { return DeviceArray<float>(normal_floats(n, rng())); };
+    const auto random = [&](size_t n) {
+      return DeviceArray<float>(normal_floats(n, static_cast<uint32_t>(rng())));
+    };
     const auto angles = static_cast<size_t>(1000 * std::max(rotary / 2, 1));
     const DeviceArray<float> cos = random(angles), sin = random(angles),
                              q_norm = random(static_cast<size_t>(d)),

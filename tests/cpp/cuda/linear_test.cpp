@@ -272,17 +272,21 @@ void LinearTest::check_fused(const std::vector<std::array<int64_t, 3>>& shapes) 
     }
 
     for (const Activation act : {Activation::silu, Activation::gelu_tanh}) {
-      LinearArgs gated = m <= 16 ? with_norm : LinearArgs{};
-      gated.gated = true;
-      gated.act = act;
-      ASSERT_TRUE(l->fuses(w.w, gated, m));
-      const Out own(m, n / 2, GetParam()), together(m, n / 2, GetParam());
+      const Out own(m, n / 2, GetParam());
       cuda::activation(product.tensor.data, product.stride, m, n / 2, act, true, GetParam(),
                        own.tensor.data, own.stride, nullptr);
-      l->run((m <= 16 ? x : normed).tensor, w.w, gated, together.tensor, nullptr);
-      for (int64_t r = 0; r < m; ++r)
-        ASSERT_EQ(row_bytes(together, r), row_bytes(own, r)) << n << " " << r;
-      EXPECT_TRUE(together.memory.intact());
+      for (const bool normalises : {false, true}) {
+        if (normalises && m > 16) continue;
+        LinearArgs gated = normalises ? with_norm : LinearArgs{};
+        gated.gated = true;
+        gated.act = act;
+        ASSERT_TRUE(l->fuses(w.w, gated, m));
+        const Out together(m, n / 2, GetParam());
+        l->run((normalises ? x : normed).tensor, w.w, gated, together.tensor, nullptr);
+        for (int64_t r = 0; r < m; ++r)
+          ASSERT_EQ(row_bytes(together, r), row_bytes(own, r)) << n << " " << r;
+        EXPECT_TRUE(together.memory.intact());
+      }
     }
 
     // residual = round(residual + round(x W^T)): what the norm kernel leaves there.
