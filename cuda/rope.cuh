@@ -6,6 +6,10 @@
 
 namespace ni::cuda {
 
+__device__ __forceinline__ float head_factor(float squares, int d, float eps) {
+  return rsqrtf(__fadd_rn(__fdiv_rn(squares, static_cast<float>(d)), eps));
+}
+
 // x *= rsqrt(mean of squares + eps) * weight. weight: those of this lane's pairs.
 template <int kPairs>
 __device__ __forceinline__ void normalise_head(float2 (&v)[kPairs], const float2 (&weight)[kPairs],
@@ -17,7 +21,7 @@ __device__ __forceinline__ void normalise_head(float2 (&v)[kPairs], const float2
     squares = __fmaf_rn(v[k].x, v[k].x, squares);
     squares = __fmaf_rn(v[k].y, v[k].y, squares);
   }
-  const float factor = rsqrtf(__fadd_rn(__fdiv_rn(warp_sum(squares), static_cast<float>(d)), eps));
+  const float factor = head_factor(warp_sum(squares), d, eps);
 #pragma unroll
   for (int k = 0; k < kPairs; ++k) {
     v[k].x = __fmul_rn(v[k].x, __fmul_rn(factor, weight[k].x));

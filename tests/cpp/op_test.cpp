@@ -407,6 +407,8 @@ TEST_P(OpTest, RopeAndCacheWrite) {
                                    {3, 1, 96, 72, 16, false},
                                    {2, 2, 128, 0, 32, false},
                                    {8, 2, 256, 256, 64, true},
+                                   {5, 1, 128, 128, 16, true},
+                                   {3, 3, 64, 0, 16, false},
                                    {1, 1, 128, 64, 48, true}};
   for (const DType dtype : cache_types(GetParam()))
     for (const RopeCase& c : on_cuda() ? cuda : any) check_rope(GetParam(), c, dtype);
