@@ -268,9 +268,11 @@ class Copier {
           }
           wait_for_previous();
         }
-        has_q_ = true;
-        if (w.item < 0) let_next_start();  // not sooner: what it brings would come before all tiles
         announce(w, new_slot);
+        // What the next kernel fetches comes behind what this one waits for. (Where there is much
+        // to do the next has no room beside it anyway.)
+        if (!has_q_) let_next_start();
+        has_q_ = true;
       }
       if (is_done) break;
       if (!is_v && tile == begin) {  // lanes 0 to 15 have a piece of 16 tokens of the chunk each

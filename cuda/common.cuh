@@ -20,6 +20,16 @@ void allow_smem(Kernel kernel, size_t bytes, const char* name) {
         name);
 }
 
+// All kernels want a multiprocessor's memory divided alike: it is only divided anew when nothing
+// runs there, so a kernel that wants it otherwise cannot start beside the one before it.
+template <typename Kernel>
+void prefer_shared_memory(Kernel kernel, const char* name) {
+  check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                  cudaFuncAttributePreferredSharedMemoryCarveout,
+                                  cudaSharedmemCarveoutMaxShared),
+             name);
+}
+
 // Programmatic dependent launch (CUDA guide, Hopper on): a kernel is put on the card before the one
 // before it has ended, and waits itself. let_next_start() allows the next kernel onto the card, as
 // a rule only after the own wait_for_previous(): what starts early then runs beside the one kernel
@@ -55,6 +65,7 @@ inline bool has_dependent_launch() {
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
             const char* name, const Args&... args) {
+  prefer_shared_memory(kernel, name);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

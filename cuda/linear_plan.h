@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace ni::cuda {
 
@@ -59,32 +60,39 @@ inline constexpr SkinnyPlan plan_skinny(int64_t m, int64_t n, int num_sms, int m
 
 // -- linear_skinny_sm90.cu ------------------------------------------------------------------------
 
-// A CTA a multiprocessor goes through tiles of up to 8 strips of 16 weight rows, a warp a strip, or
-// `shares` warps a strip, with 16 rows of x each. A stage of the ring is `atoms` times 64 columns
-// (128 bytes) of the tile's rows and of x; or x stands in shared memory as a whole, with a norm
-// always.
+// A CTA a multiprocessor goes through tiles of up to 16 strips of 8 weight rows (gated: pairs of
+// them, of the gate and of the other half). A stage of the ring is `atoms` times 64 columns (128
+// bytes) of the tile's rows and of x; or x stands in shared memory as a whole, with a norm always.
 struct SkinnySm90Plan {
-  int rows = 0;    // of x: 8, 16, 32 or 64
-  int tile = 0;    // strips of a CTA
-  int shares = 1;  // warps of a strip
-  int warps = 0;   // that compute; one more copies
-  int atoms = 0;   // 1, 2 or 4
+  int rows = 0;   // of x: 8, 16, 32 or 64
+  int tile = 0;   // strips of a CTA
+  int atoms = 0;  // of a stage
   int stages = 0;
-  int ctas = 0;        // a row block
-  bool whole = false;  // x stands in shared memory as a whole
-  int x_bytes = 0;     // of that, with its norm's weights and sums
-  int x_stride = 0;    // bytes from row to row there
-  int smem = 0;        // bytes of dynamic shared memory
+  int ahead = 0;           // of them come before x
+  int ctas = 0;            // a row block
+  bool whole = false;      // x stands in shared memory as a whole
+  int whole_bytes = 0;     // of that
+  int x_bytes = 0;         // and of its norm's weights and sums, which follow
+  int smem = 0;            // bytes of dynamic shared memory
+  bool holds_all = false;  // the ring, of the weights
   int stage_bytes = 0;
 
   int64_t tiles(int64_t n) const { return (n + kStripRows * tile - 1) / (kStripRows * tile); }
   // With x as a whole: whether it leaves room for a ring.
-  bool fits() const { return x_bytes <= 96 * 1024 && stages >= 3; }
-  static constexpr int kStripRows = 16;
+  bool fits() const { return x_bytes <= 96 * 1024 && stages >= kMinStages; }
+  // A stage is given back when the next one's products have been begun.
+  static constexpr int kMinStages = 3;
+  static constexpr int kStripRows = 8;
+  // So many that a stage has work enough for the tensor core to do while the next is begun.
+  static constexpr int stage_atoms(int tile) { return tile > 8 ? 2 : 4; }
+  // Of more than 16 rows.
+  using WideTiles = std::integer_sequence<int, 2, 4, 6, 8, 14, 16>;
+  static constexpr bool is_wide(int tile) {
+    return tile == 2 || tile == 4 || tile == 6 || tile == 8 || tile == 14 || tile == 16;
+  }
 };
 
 inline constexpr int kSkinnySm90MaxStages = 16;
-inline constexpr int kSkinnyShareWarps = 12;         // at most, where warps share strips
 inline constexpr int kSkinnyAlign = 1024;            // of a swizzled box
 inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing else asks for it
 
@@ -96,16 +104,17 @@ inline constexpr bool gains_by_gate(int64_t rows, int64_t weight_elements) {
   return rows <= 32 || (rows <= 64 && weight_elements <= int64_t{1} << 26);
 }
 
-// (If the product is gated, a strip is 8 rows of the gate and 8 of the other half.)
-inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, int num_sms,
-                                       int max_smem, int smem_per_sm) {
-  constexpr int kStripRows = SkinnySm90Plan::kStripRows, kMaxTile = 8;
+inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, bool gated,
+                                       int num_sms, int max_smem, int smem_per_sm) {
+  constexpr int kStripRows = SkinnySm90Plan::kStripRows, kMaxTile = 16;
+  constexpr int kMinStages = SkinnySm90Plan::kMinStages;
   SkinnySm90Plan best;
   double best_cost = 1e300;
   int best_rounds = 1;
   best.rows = skinny_rows(m);
   const int64_t strips = (n + kStripRows - 1) / kStripRows;
   for (int tile = kMaxTile; tile >= 1; --tile) {
+    if ((gated && tile % 2 != 0) || (m > 16 && !SkinnySm90Plan::is_wide(tile))) continue;
     const int64_t tiles = (strips + tile - 1) / tile;
     const auto rounds = static_cast<int>((tiles + num_sms - 1) / num_sms);
     // Of the busiest multiprocessor: rows of weights, of x (from the L2 cache, read once a round),
@@ -116,39 +125,42 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
       best_cost = cost;
       best_rounds = rounds;
       best.tile = tile;
-      best.ctas = static_cast<int>(std::min<int64_t>(tiles, num_sms));
+      // Those too many keep the next kernel's from their places: it shall have one on each.
+      best.ctas = 2 * tiles > num_sms ? num_sms : static_cast<int>(tiles);
     }
   }
-  // A chain of products a strip and 16 rows: more rows take warps of their own while there are few.
-  if (best.tile * (best.rows / 16) <= kSkinnyShareWarps) best.shares = std::max(1, best.rows / 16);
-  best.warps = best.tile * best.shares;
-  best.whole = norm || (best.rows <= 16 && 2 * m * k <= kSkinnyWholeBytes);
+  best.whole = norm || (m <= 16 && 2 * m * k <= kSkinnyWholeBytes);
   const int atom_bytes = best.tile * kStripRows * 128 + (best.whole ? 0 : best.rows * 128);
-  constexpr int kStage = 20 * 1024;  // bytes at most, so that a ring has many
-  best.atoms = 1;
-  if (best.rows <= 16 || best.shares > 1)
-    while (best.atoms < (best.rows <= 16 ? 4 : 2) && 2 * best.atoms * atom_bytes <= kStage)
-      best.atoms *= 2;
+  best.atoms = SkinnySm90Plan::stage_atoms(best.tile);
   best.stage_bytes = best.atoms * atom_bytes;
   const int64_t columns = (k + 64 * best.atoms - 1) / (64 * best.atoms) * (64 * best.atoms);
-  // Neighbouring rows of x lie in different banks. After them come the norm's fp32 weights and the
-  // sums of 16 warps a row.
-  best.x_stride = static_cast<int>(columns * 2 + 16);
-  if (best.whole) best.x_bytes = static_cast<int>(m * best.x_stride + (norm ? k * 4 + m * 64 : 0));
-  const int fixed = best.x_bytes + 8 * (2 * kSkinnySm90MaxStages + 1) + kSkinnyAlign;
-  // Few weights: half of a multiprocessor's shared memory, so that the next kernel's ring fills
-  // beside. Many keep the memory busy only with more in flight than that. And where so few CTAs
-  // leave multiprocessors idle, or the kernel before leaves some sooner, two CTAs must not fit one:
-  // the hardware would put them there, and they would take twice as long.
+  if (best.whole) {  // then the norm's fp32 weights and the sums of 16 warps a row
+    best.whole_bytes = static_cast<int>(m * columns * 2);
+    best.x_bytes = best.whole_bytes + static_cast<int>(norm ? k * 4 + m * 64 : 0);
+  }
+  // The tensor core reads 64 rows of W and 8 of x, or 64 of x, where there are fewer.
+  const int over =
+      m > 16 ? (64 - best.rows) * 128 : (8 - best.tile % 8) % 8 * kStripRows * 128 + 1024;
+  const int fixed = best.x_bytes + 8 * (2 * kSkinnySm90MaxStages + 1) + kSkinnyAlign + over;
+  // A CTA whose ring takes all its weights and one of the next kernel's shall fit one
+  // multiprocessor, so that the rings fill while other kernels compute, but not two of one kernel:
+  // the hardware would put two where the kernel before makes room first and none elsewhere, and
+  // they would take twice as long. So products with a norm (qkv, `gate_up`) take a little less than
+  // half of the shared memory, those without (`o`, `down`) a little more; attention has room beside
+  // either. Many weights keep the memory busy only with more in flight than that, many rows of x
+  // take as much.
   const int half = smem_per_sm / 2 - 1024, whole = max_smem - fixed;
-  constexpr int kEnough = 56 * 1024;  // bytes in flight
   const int64_t weights = int64_t{2} * best_rounds * best.tile * kStripRows * columns;
-  const bool is_large =
-      half - fixed < kEnough || best.rows == 32 || (best.rows < 32 && weights > int64_t{4} * half);
-  const bool is_alone = is_large || best.rows == 64 || 2 * best.ctas <= num_sms;
-  best.stages =
-      std::min((is_large ? whole : half - fixed) / best.stage_bytes, kSkinnySm90MaxStages);
-  best.smem = std::max(best.stages * best.stage_bytes + fixed, is_alone ? half + 1024 : 0);
+  const bool is_less = norm && weights <= half - 1024 - fixed;
+  const int few = (is_less ? half - 1024 : half + 1024) - fixed;
+  constexpr int kEnough = 56 * 1024;  // bytes in flight
+  const bool is_large = few < std::max(kEnough, kMinStages * best.stage_bytes) || m > 16 ||
+                        weights > int64_t{4} * half;
+  best.stages = std::min((is_large ? whole : few) / best.stage_bytes, kSkinnySm90MaxStages);
+  best.smem = std::max(best.stages * best.stage_bytes + fixed, is_less ? 0 : half + 1024);
+  best.holds_all = best_rounds == 1 && best.stages * best.atoms * 64 >= k;
+  // Half of what is short comes while x is normalised: all at once would delay x.
+  best.ahead = norm && best.holds_all ? (best.stages + 1) / 2 : best.stages;
   return best;
 }
 

@@ -4,17 +4,17 @@
 // each rounded like the operators of their own, so fused and separate give the same bits.
 //
 // Layouts: x [M, x_stride], W [N, w_stride], K and w_stride multiples of 64. A CTA goes through
-// tiles of up to 8 strips of 16 weight rows (gated: 8 of the gate and their 8 others); one warp
+// tiles of up to 16 strips of 8 weight rows (gated: pairs, of the gate and of the others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
-// a warp a strip multiplies, or 2 or 4 warps, 16 rows of x each. x comes through the same ring, or
-// as a whole, and is normalised where it lies, by every CTA. W is the A operand (16 rows), x the B
-// operand (8 rows), both read by ldmatrix. Moves N * K * 2 bytes once; bound by bandwidth. What
-// that takes: 50 KB (H100) to 150 KB (H200) in flight on every multiprocessor from the kernel's
-// first moment on (the ring fills while the kernel before still works: weights depend on nobody),
-// strips spread evenly, and a warp that only copies, since issuing a copy takes longer than the
-// product of what it brings. For short N the chain of K / 16 dependent products (25 cycles each) is
-// the bound, so the loop around it is straight code: a stage without branches, operands loaded
-// ahead.
+// four warps multiply. x comes through the same ring, or as a whole, and is normalised where it
+// lies, by every CTA. W is the A operand of the warpgroup's products (64 rows, or what lies where
+// there are fewer), x the B operand (8 to 64 rows), both read from shared memory by the tensor
+// core. Moves N * K * 2 bytes once; bound by bandwidth. What that takes: 50 KB (H100) to 150 KB
+// (H200) in flight on every multiprocessor from the kernel's first moment on (the ring fills while
+// the kernel before still works: weights depend on nobody), strips spread evenly, and a warp that
+// only copies, since issuing a copy takes longer than the product of what it brings. For short N
+// the chain of K / 16 dependent products is the bound: 18 cycles each with up to 8 rows of x, 33
+// with 64 (mma.sync, whose operands are loaded by instructions: 36).
 #include "cuda/activation.cuh"
 #include "cuda/attention.cuh"
 #include "cuda/linear.h"
@@ -22,16 +22,15 @@
 #include "cuda/linear_skinny.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/tensor_map.h"
+#include "cuda/wgmma.cuh"
 
 namespace ni::cuda {
 namespace {
 
 constexpr int kAtom = 64;  // columns of a box, 128 bytes
 constexpr int kStripRows = SkinnySm90Plan::kStripRows;
-constexpr int kMaxWarps = 8;  // that compute, and that normalise
-constexpr int kMaxThreads = 32 * (kMaxWarps + 1);
-constexpr int kShareThreads = 32 * (kSkinnyShareWarps + 1);
-
+constexpr int kComputeWarps = 4;
+constexpr int kNormWarps = 8;
 struct Params {
   SkinnyArgs a;
   SkinnySm90Plan plan;
@@ -39,9 +38,10 @@ struct Params {
   int num_tiles, num_stages;  // stages of a tile
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty and never launched
 
 constexpr int kStripBytes = kStripRows * 128;  // of an atom
+constexpr int kBlockBytes = 64 * 128;          // of W as A operand
 
 // Shared memory: the ring, x as a whole (or nothing) with the norm's weights and sums, barriers.
 struct Memory {
@@ -74,6 +74,11 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
                : "memory");
 }
 
+// The same value in all lanes, and known to be.
+__device__ __forceinline__ int uniform(int v) {
+  return __shfl_sync(0xffffffffu, v, 0);
+}
+
 // -- The warp that copies -------------------------------------------------------------------------
 
 // Where a stage lies in the CTA's tiles. (No divisions: they take longer than a copy.)
@@ -86,115 +91,92 @@ struct Source {
   }
 };
 
-template <int kRows, int kAtoms, bool kWhole>
 __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
                                      const CUtensorMap* w_map, const CUtensorMap* x_map) {
   const SkinnySm90Plan& plan = p.plan;
-  const int box_rows = kStripRows / (p.a.gated ? 2 : 1) * plan.tile;
   // Of x no more rows are copied than there are: filling in zeros takes its time, too.
-  const int rows = static_cast<int>(p.a.rows), x_bytes = kWhole ? 0 : 128 * min(kRows, rows);
-  const int bytes = kAtoms * (plan.tile * kStripBytes + x_bytes);
+  const int rows = min(plan.rows, static_cast<int>(p.a.rows));
+  const int w_bytes = plan.atoms * plan.tile * kStripBytes;
+  const int bytes = w_bytes + (plan.whole ? 0 : plan.atoms * rows * 128);
 
   // Weights, which nobody reads again in this step, do not push out what all layers share.
   const uint64_t once = evict_first();
   const auto copy_w = [&](const Source& from, int stage) {
     const uint32_t to = memory.stage(stage), barrier = memory.full(stage);
-    const int row = from.tile * box_rows;
     arrive_expecting(barrier, bytes);
-    if (!p.a.gated) {
-      copy_box(to, w_map, 0, row, from.stage * kAtoms, barrier, once);
-      return;
+    if (p.a.gated) {
+      copy_box(to, w_map, 0, 0, 0, from.tile * plan.tile / 2, from.stage * plan.atoms, barrier,
+               once);
+    } else {
+      copy_box(to, w_map, 0, from.tile * plan.tile * kStripRows, from.stage * plan.atoms, barrier,
+               once);
     }
-#pragma unroll 1
-    for (int i = 0; i < 2 * kAtoms; ++i)  // of an atom the gate's rows, then the others
-      copy_box(to + i * box_rows * 128, w_map, 0, i % 2 * p.n + row, from.stage * kAtoms + i / 2,
-               barrier, once);
   };
   const auto copy_x = [&](const Source& from, int stage) {
-    const uint32_t to = memory.stage(stage) + kAtoms * plan.tile * kStripBytes;
-#pragma unroll
-    for (int i = 0; i < kAtoms; ++i)
-      copy_box(to + i * kRows * 128, x_map, (from.stage * kAtoms + i) * kAtom, blockIdx.y * kRows,
-               memory.full(stage));
+    for (int i = 0; i < plan.atoms; ++i)
+      copy_box(memory.stage(stage) + w_bytes + i * plan.rows * 128, x_map,
+               (from.stage * plan.atoms + i) * kAtom, blockIdx.y * plan.rows, memory.full(stage));
   };
 
+  prefetch_map(x_map);
   if (!p.a.settled) wait_for_previous();
   if (p.a.norm.weight != nullptr) {
-    // Already now: attention looks up its work meanwhile, and its code and that of `down` come.
-    let_next_start();
     arrive_expecting(memory.x_full(), 4 * p.k);
-    copy_bytes(memory.x + rows * plan.x_stride, p.a.norm.weight, 4 * p.k, memory.x_full());
+    copy_bytes(memory.x + plan.whole_bytes, p.a.norm.weight, 4 * p.k, memory.x_full());
   }
   // The first stages of the weights come while the kernel before ends.
   const Source begin{static_cast<int>(blockIdx.x)};
   Source next = begin;
   Place place;
-  if constexpr (kWhole) {  // written once: the less code, the sooner it is there
-    for (int count = 0;; ++count, next.advance(p), place.advance(plan.stages)) {
-      const bool ends = next.tile >= p.num_tiles;
-      if (count == plan.stages || (ends && count < plan.stages)) {
-        wait_for_previous();
-        arrive_expecting(memory.x_full(), rows * 2 * p.k);
-#pragma unroll 1
-        for (int row = 0; row < rows; ++row)
-          copy_bytes(memory.x + row * plan.x_stride,
-                     static_cast<const uint16_t*>(p.a.x) + row * p.a.x_stride, 2 * p.k,
-                     memory.x_full());
-      }
-      if (ends) break;
-      wait(memory.empty(place.stage), place.phase ^ 1);  // at first they are
-      copy_w(next, place.stage);
-    }
+  int ahead = 0;
+  for (; ahead < plan.ahead && next.tile < p.num_tiles; ++ahead) {
+    copy_w(next, place.stage);
+    next.advance(p);
+    place.advance(plan.stages);
+  }
+  // Already now: attention looks up its work, the next product fetches its weights meanwhile.
+  if (p.a.norm.weight != nullptr || plan.holds_all) let_next_start();
+  wait_for_previous();
+  if (begin.tile >= p.num_tiles) return;
+  if (plan.whole) {
+    arrive_expecting(memory.x_full(), plan.whole_bytes);
+    copy_box(memory.x, x_map, 0, 0, 0, memory.x_full());
   } else {
-    int ahead = 0;
-    for (; ahead < plan.stages && next.tile < p.num_tiles; ++ahead, next.advance(p))
-      copy_w(next, ahead);
-    wait_for_previous();
     Source from = begin;
     for (int stage = 0; stage < ahead; ++stage, from.advance(p)) copy_x(from, stage);
-    for (; next.tile < p.num_tiles; next.advance(p), place.advance(plan.stages)) {
-      wait(memory.empty(place.stage), place.phase);
-      copy_w(next, place.stage);
-      copy_x(next, place.stage);
-    }
   }
-  // Without a norm the next kernel's ring fills while this one's last stages are multiplied.
+  for (; next.tile < p.num_tiles; next.advance(p), place.advance(plan.stages)) {
+    wait(memory.empty(place.stage), place.phase ^ 1);  // at first they are
+    copy_w(next, place.stage);
+    if (!plan.whole) copy_x(next, place.stage);
+  }
+  // The next kernel's ring fills while this one's last stages are multiplied.
   let_next_start();
 }
 
 // -- The warps that compute -----------------------------------------------------------------------
 
 __device__ __forceinline__ void synchronise_normalisers() {
-  asm volatile("bar.sync 1, %0;" ::"n"(32 * kMaxWarps) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(32 * kNormWarps) : "memory");
 }
 
-// Zeros behind the last column of x as a whole: they meet zeros of W but may not be NaN.
-__device__ __forceinline__ void clear_behind(const Params& p, const Memory& memory, int thread,
-                                             int threads) {
-  const int end = p.num_stages * p.plan.atoms * (kAtom / 8);
-  for (int row = 0; row < p.a.rows; ++row)
-    for (int v = p.k / 8 + thread; v < end; v += threads)
-      store_shared(memory.x + row * p.plan.x_stride + 16 * v, uint4{0, 0, 0, 0});
-  __syncwarp();
-}
-
-// x as a whole, rows x_stride bytes apart, normalised as norm.cu does it, to the bit. By kMaxWarps
-// warps. In little code: it runs once a launch, and fetching it takes longer than running it.
+// x as a whole, [K / 64][rows][64], normalised as norm.cu does it, to the bit. By kNormWarps warps.
+// In little code: it runs once a launch, and fetching it takes longer than running it.
 template <typename T>
 __device__ __forceinline__ void normalise(const Params& p, const Memory& memory) {
   using Elements = Vec<T, 8>;
-  constexpr int kThreads = 32 * kMaxWarps, kAtOnce = 2;
+  constexpr int kThreads = 32 * kNormWarps, kAtOnce = 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows = static_cast<int>(p.a.rows), vectors = p.k / 8;
-  const uint32_t weights = memory.x + rows * p.plan.x_stride, sums = weights + p.k * 4;
+  const uint32_t weights = memory.x + p.plan.whole_bytes, sums = weights + p.k * 4;
   const auto place = [&](int row, int vector) {
-    return memory.x + row * p.plan.x_stride + 16 * vector;
+    const int line = vector / 8 * rows + row;
+    return memory.x + line * 128 + ((vector ^ line) % 8 << 4);
   };
   const auto load = [&](int row, int vector) {
     const uint4 raw = load_shared(place(row, vector));
     return *reinterpret_cast<const Elements*>(&raw);
   };
-  clear_behind(p, memory, threadIdx.x, kThreads);
   wait(memory.x_full(), 0);
 
   // What a warp of norm.cu sums is a part.
@@ -209,7 +191,7 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
     for (int j = 0; j < kAtOnce; ++j) {
       rows_of[j] = row;
       parts_of[j] = part;
-      part += kMaxWarps;
+      part += kNormWarps;
       while (part >= parts) part -= parts, ++row;
     }
 #pragma unroll 1
@@ -236,24 +218,16 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
     }
   }
   synchronise_normalisers();
+  const int log_warps = rows > 4 ? 0 : rows > 2 ? 1 : rows > 1 ? 2 : 3;  // of a row
+  const int first = (warp & ((1 << log_warps) - 1)) * 32 + lane;
 #pragma unroll 1
-  for (int r = warp; r < rows; r += kMaxWarps) {
+  for (int r = warp >> log_warps; r < rows; r += kNormWarps >> log_warps) {
     float sum = 0;
     if (lane < parts)
       asm volatile("ld.shared.f32 %0, [%1];" : "=f"(sum) : "r"(sums + 4 * (r * 16 + lane)));
-    const float variance = warp_sum(sum) / static_cast<float>(p.k);
-    if (lane == 0)
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(sums + 64 * r),
-                   "f"(rsqrtf(variance + p.a.norm_eps))
-                   : "memory");
-  }
-  synchronise_normalisers();
+    const float factor = rsqrtf(warp_sum(sum) / static_cast<float>(p.k) + p.a.norm_eps);
 #pragma unroll 1
-  for (int r = 0; r < rows; ++r) {
-    float factor;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(factor) : "r"(sums + 64 * r) : "memory");
-#pragma unroll 1
-    for (int v = threadIdx.x; v < vectors; v += kThreads) {
+    for (int v = first; v < vectors; v += 32 << log_warps) {
       const uint4 w[2] = {load_shared(weights + 32 * v), load_shared(weights + 32 * v + 16)};
       Elements e = load(r, v);
       const float* weight = reinterpret_cast<const float*>(w);
@@ -262,184 +236,186 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
       store_shared(place(r, v), *reinterpret_cast<const uint4*>(&e));
     }
   }
+  fence_async_proxy();
   synchronise_normalisers();
 }
 
-// One tile's products of one warp: a strip with kTiles times 8 rows of x.
-template <typename T, int kRows, int kTiles, int kAtoms, bool kWhole>
+// A tile's products. Few rows of x are the B operand, and W, in blocks of eight strips, is A. Many
+// (kRows = 64) are A and kShape strips of W are B: 16 outputs with 64 rows take 20 cycles so, and
+// 33 the other way.
+template <typename T, int kRows, int kShape>
 struct Tile {
-  // Groups of 16 columns whose operands are loaded together, ahead of their products; an even
-  // number of such batches makes a stage.
-  static constexpr int kBatch = kAtoms > 1 && kTiles <= 2 ? 4 : 2;
-  static constexpr int kBatches = 4 * kAtoms / kBatch;
-  struct Operands {
-    uint32_t w[kBatch][4], x[kBatch / 2][kTiles][4];  // x: two groups
-  };
+  static constexpr bool kWide = kRows == 64;
+  static constexpr int kBlocks = kWide ? 1 : kShape, kTiles = kWide ? kShape : kRows / 8;
+  static constexpr int kAtoms = SkinnySm90Plan::stage_atoms(kWide ? kTiles : 8 * kBlocks);
 
   const Params& p;
   const Memory& memory;
-  Place place;                                   // of the present stage
-  static constexpr bool kFetches = kTiles <= 2;  // registers are enough
-  float acc[kTiles][4], before[kFetches ? kTiles : 1][4] = {};
-  uint32_t w_offset, x_offset[kTiles];
-  uint32_t w_at, x_at;  // of the present stage
-  int strip, first;     // the warp's strip in the tile, and first row of x
-  int rows;             // of x that exist
+  Place place;                              // of the present stage
+  static constexpr bool kFetches = !kWide;  // registers are enough
+  float acc[kBlocks][kTiles][4];
+  uint32_t before[kBlocks][kFetches ? kTiles : 1][4] = {};  // bits of T
+  int warp, rows;                                           // rows of x that exist
 
-  __device__ Tile(const Params& params, const Memory& m, int warp, int lane)
-      : p(params), memory(m), x_at(m.x) {
-    rows = min(kRows, static_cast<int>(p.a.rows) - static_cast<int>(blockIdx.y) * kRows);
-    constexpr bool kShared = kTiles < kRows / 8;
-    strip = kShared ? warp / p.plan.shares : warp;
-    first = kShared ? warp % p.plan.shares * (8 * kTiles) : 0;
-    // ldmatrix takes from each lane the address of a row of a quarter. Of W: rows 0 to 7, 8 to 15
-    // of the first 8 columns, then of the others. Of x: 8 columns after the other.
-    w_offset = lane % 8 * 128 + ((lane / 16 ^ lane % 8) << 4) +
-               lane / 8 % 2 * (p.a.gated ? p.plan.tile : 1) * (kStripBytes / 2) +
-               strip * (p.a.gated ? kStripBytes / 2 : kStripBytes);
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      const int row = min(first + 8 * t + lane % 8, rows - 1);  // what does not exist is not stored
-      x_offset[t] =
-          kWhole ? row * p.plan.x_stride + lane / 8 * 16 : row * 128 + ((lane / 8 ^ row % 8) << 4);
-    }
+  __device__ Tile(const Params& params, const Memory& m, int my_warp)
+      : p(params), memory(m), warp(my_warp) {
+    rows = uniform(
+        min(p.plan.rows, static_cast<int>(p.a.rows) - static_cast<int>(blockIdx.y) * p.plan.rows));
   }
 
-  __device__ __forceinline__ void enter_stage(int index) {
-    wait(memory.full(place.stage), place.phase);
-    w_at = memory.stage(place.stage);
-    x_at = kWhole ? memory.x + index * (kAtoms * 128) : w_at + kAtoms * p.plan.tile * kStripBytes;
-  }
-
-  // Group i of a batch.
-  __device__ __forceinline__ void load(Operands& o, int batch, int i) {
-    const int atom = (batch * kBatch + i) / 4, group = (batch * kBatch + i) % 4;
-    ldmatrix_x4(o.w[i], w_at + atom * p.plan.tile * kStripBytes + (w_offset ^ group << 5));
-    if (i % 2 != 0) return;
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-      ldmatrix_x4(o.x[i / 2][t], kWhole ? x_at + x_offset[t] + atom * 128 + group * 32
-                                        : x_at + atom * kRows * 128 + (x_offset[t] ^ group << 5));
-  }
-  __device__ __forceinline__ void multiply(const Operands& o, int i) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-      mma<T>(acc[t], o.w[i], o.x[i / 2][t][i % 2 * 2], o.x[i / 2][t][i % 2 * 2 + 1]);
-  }
-
-  // The tile's sums. A product waits for the one before, and in that time operands are loaded. A
-  // stage is given back when all of it has been multiplied: until ldmatrix has read, no copy may
-  // write.
+  // The tile's sums. While the tensor core is at one stage, the next one's products are put behind.
+  // A stage is given back when all of it has been multiplied.
   __device__ __forceinline__ void run(int tile, int lane) {
-    if (kWhole && p.a.norm.weight == nullptr) wait(memory.x_full(), 0);
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[t][i] = 0;
-    Operands o[2];
-    enter_stage(0);
+    const SkinnySm90Plan& plan = p.plan;
+    const bool whole = plan.whole;
+    // In units of 16 bytes, as the tensor core takes addresses; uniform, so that they lie where it
+    // takes them from.
+    const uint32_t w_pitch = plan.tile * (kStripBytes / 16),
+                   x_pitch = 8 * (whole ? rows : plan.rows);
+    const uint32_t begin = uniform(memory.base / 16), step = plan.stage_bytes / 16;
+    uint32_t w = begin + uniform(place.stage) * step, x = uniform(memory.x / 16);
+    int left = plan.stages - uniform(place.stage);  // in the ring
+    if (whole && p.a.norm.weight == nullptr) wait(memory.x_full(), 0);
+    wait(memory.full(place.stage), place.phase);
     if constexpr (kFetches) fetch(tile, lane);  // x is there, so the copying warp has waited
+    uint32_t before_this = 0;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) load(o[0], 0, i);
+    for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
+    wgmma_fence();
+    // What stands between two stages' products the tensor core waits for, but for a few of them.
     for (int stage = 0; stage < p.num_stages; ++stage) {
-      const uint32_t empty = memory.empty(place.stage);
+      wait(memory.full(place.stage), place.phase);
+      if (!whole) x = w + kAtoms * w_pitch;
 #pragma unroll
-      for (int b = 0; b < kBatches; ++b) {
-        const bool ends = b + 1 == kBatches, loads = !ends || stage + 1 < p.num_stages;
+      for (int atom = 0; atom < kAtoms; ++atom)
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          multiply(o[b % 2], i);
-          if (ends && i == 0) {
-            place.advance(p.plan.stages);
-            if (loads) enter_stage(stage + 1);
+        for (int i = 0; i < kAtom / 16; ++i)
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) {
+            const uint32_t from_w = w + atom * w_pitch + b * (kBlockBytes / 16) + 2 * i;
+            const uint32_t from_x = x + atom * x_pitch + 2 * i;
+            wgmma_shared<T>(acc[b], kWide ? from_x : from_w, kWide ? from_w : from_x,
+                            i > 0 || atom > 0 || stage > 0);
           }
-          if (loads) load(o[(b + 1) % 2], ends ? 0 : b + 1, i);
-        }
+      wgmma_commit();
+      if (stage > 0) {
+        wgmma_wait<1>();
+        if (lane == 0) arrive(before_this);
       }
-      __syncwarp();
-      if (lane == 0) arrive(empty);
+      before_this = memory.empty(place.stage);
+      place.advance(plan.stages);
+      x += kAtoms * x_pitch;
+      w += step;
+      if (--left == 0) w = begin, left = plan.stages;
     }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
+    if (lane == 0) arrive(before_this);
+    // Not looked at sooner: the products would wait for it.
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) pin(before[b]);
   }
 
-  // Calls f(t, i, column, elements from `out`) for what this lane stores, if not gated.
-  // Accumulators 0 and 1 belong to the strip's row lane / 4, 2 and 3 to the eighth after.
+  // Where acc[b][t][i] lies: row of x; strip of the tile, and row of that.
+  __device__ __forceinline__ int row_of(int t, int i, int lane) const {
+    return kWide ? 16 * warp + i / 2 * 8 + lane / 4 : 8 * t + lane % 4 * 2 + i % 2;
+  }
+  __device__ __forceinline__ int strip_of(int b, int t, int i) const {
+    return kWide ? t : 8 * b + 2 * warp + i / 2;
+  }
+  static __device__ __forceinline__ int row_of_strip(int i, int lane) {
+    return kWide ? lane % 4 * 2 + i % 2 : lane / 4;
+  }
+
+  // Calls f(b, t, i, column, elements from `out`) for what this lane stores, if not gated.
   template <typename F>
   __device__ __forceinline__ void for_each(int tile, int lane, const F& f) const {
-    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * p.plan.rows;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+    for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = first + 8 * t + lane % 4 * 2 + i % 2;
-        const int col = kStripRows * (tile * p.plan.tile + strip) + i / 2 * 8 + lane / 4;
-        if (row < rows && col < p.n) f(t, i, col, (first_row + row) * p.a.out_stride + col);
-      }
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = row_of(t, i, lane), strip = strip_of(b, t, i);
+          const int col = kStripRows * (tile * p.plan.tile + strip) + row_of_strip(i, lane);
+          if (row < rows && strip < p.plan.tile && col < p.n)
+            f(b, t, i, col, (first_row + row) * p.a.out_stride + col);
+        }
   }
   // What the sums are added to comes while they are made.
   __device__ __forceinline__ void fetch(int tile, int lane) {
     if (p.a.accumulate)
-      for_each(tile, lane,
-               [&](int t, int i, int, int64_t at) { before[t][i] = load_linear<T>(p.a, at); });
+      for_each(tile, lane, [&](int b, int t, int i, int, int64_t at) {
+        before[b][t][i] = static_cast<const uint16_t*>(p.a.out)[at];
+      });
   }
 
   __device__ __forceinline__ void store(int tile, int lane) const {
     if (!p.a.gated) {
-      for_each(tile, lane, [&](int t, int i, int col, int64_t at) {
-        const float old = kFetches ? before[t][i] : load_linear<T>(p.a, at);
-        store_linear<T>(p.a, at, with_bias<T>(p.a, acc[t][i], col), old);
+      for_each(tile, lane, [&](int b, int t, int i, int col, int64_t at) {
+        const auto bits = static_cast<uint16_t>(before[b][kFetches ? t : 0][i]);
+        const float old =
+            kFetches ? as_float(reinterpret_cast<const T&>(bits)) : load_linear<T>(p.a, at);
+        store_linear<T>(p.a, at, with_bias<T>(p.a, acc[b][t][i], col), old);
       });
       return;
     }
-    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kRows;
-    const int col = 8 * (tile * p.plan.tile + strip) + lane / 4;
+    // The gate's strip stands before the other half's.
+    constexpr int kNextTile = kWide ? 1 : 0, kNext = kWide ? 0 : 2;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * p.plan.rows;
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
+    for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = first + 8 * t + lane % 4 * 2 + i;
-        if (row >= rows || col >= p.n) continue;
-        const T gate = round_linear<T>(with_bias<T>(p.a, acc[t][i], col));
-        const T other = round_linear<T>(with_bias<T>(p.a, acc[t][2 + i], p.n + col));
-        static_cast<T*>(p.a.out)[(first_row + row) * p.a.out_stride + col] =
-            from_float<T>(activate(p.a.act, as_float(gate)) * as_float(other));
-      }
-    }
+      for (int t = 0; t < kTiles; t += 1 + kNextTile)
+#pragma unroll
+        for (int i = 0; i < 4 - kNext; ++i) {
+          const int row = row_of(t, i, lane), strip = strip_of(b, t, i);
+          const int col = kStripRows * (tile * p.plan.tile + strip) / 2 + row_of_strip(i, lane);
+          if (row >= rows || strip >= p.plan.tile || col >= p.n) continue;
+          const T gate = round_linear<T>(with_bias<T>(p.a, acc[b][t][i], col));
+          const T other =
+              round_linear<T>(with_bias<T>(p.a, acc[b][t + kNextTile][i + kNext], p.n + col));
+          static_cast<T*>(p.a.out)[(first_row + row) * p.a.out_stride + col] =
+              from_float<T>(activate(p.a.act, as_float(gate)) * as_float(other));
+        }
   }
 };
 
 #endif
 
-template <typename T, int kRows, int kTiles, int kAtoms, bool kWhole>
-__global__ void __launch_bounds__(kTiles < kRows / 8 ? kShareThreads : kMaxThreads,
-                                  kRows <= 16 ? 2 : 1)
+template <typename T, int kRows, int kShape>
+__global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarps) + 1), 1)
     linear_skinny_sm90_kernel(const __grid_constant__ Params p,
                               const __grid_constant__ CUtensorMap w_map,
                               const __grid_constant__ CUtensorMap x_map) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ unsigned char smem[];
   const Memory memory(static_cast<uint32_t>(__cvta_generic_to_shared(smem)), p.plan);
+  const bool with_norm = p.a.norm.weight != nullptr;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.plan.stages; ++i) {
       init_barrier(memory.full(i), 1);
-      init_barrier(memory.empty(i), p.plan.warps);
+      init_barrier(memory.empty(i), kComputeWarps);
     }
-    init_barrier(memory.x_full(), p.a.norm.weight != nullptr ? 2 : 1);  // its weights, and x
+    init_barrier(memory.x_full(), with_norm ? 2 : 1);  // its weights, and x
     fence_async_proxy();
   }
   __syncthreads();
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // uniform for the compiler too
+  const int warp = uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
-  if (warp == static_cast<int>(blockDim.x) / 32 - 1) {
-    if (lane == 0) copy<kRows, kAtoms, kWhole>(p, memory, &w_map, &x_map);
+  const int copies = with_norm ? kNormWarps : kComputeWarps;
+  if (warp == copies) {
+    if (lane == 0) copy(p, memory, &w_map, &x_map);
     return;
   }
-  if (kWhole && p.a.norm.weight != nullptr) {
+  if (static_cast<int>(blockIdx.x) >= p.num_tiles) return;
+  if (with_norm) {
     normalise<T>(p, memory);
-    if (warp >= p.plan.warps) return;
-  } else {
-    if (kWhole) clear_behind(p, memory, lane, 32);
+    if (warp >= kComputeWarps) return;
   }
-  Tile<T, kRows, kTiles, kAtoms, kWhole> tile(p, memory, warp, lane);
+  Tile<T, kRows, kShape> tile(p, memory, warp);
   for (int i = blockIdx.x; i < p.num_tiles; i += gridDim.x) {
     tile.run(i, lane);
     tile.store(i, lane);
@@ -447,24 +423,33 @@ __global__ void __launch_bounds__(kTiles < kRows / 8 ? kShareThreads : kMaxThrea
 #endif
 }
 
-template <typename T, int kRows, int kTiles, int kAtoms, bool kWhole>
+template <typename T, int kRows, int kShape>
 void launch_sm90(const Params& p, cudaStream_t stream) {
   const SkinnyArgs& a = p.a;
-  const int box_rows = kStripRows / (a.gated ? 2 : 1) * p.plan.tile;
-  // Of W the columns are cut into atoms, so that a box brings several, one after the other.
+  // Of W and x the columns are cut into atoms, so that a box brings several, one after the other;
+  // of gated weights the rows into eights, one of the gate before one of the others.
+  const int64_t atoms = a.in_features / kAtom;
   const CUtensorMap w_map =
-      make_tensor_map("linear", a.dtype, a.w, {kAtom, a.out_features, a.in_features / kAtom},
-                      {2 * a.w_stride, 2 * kAtom}, {kAtom, box_rows, a.gated ? 1 : kAtoms});
+      a.gated ? make_tensor_map(
+                    "linear", a.dtype, a.w, {kAtom, kStripRows, 2, p.n / kStripRows, atoms},
+                    {2 * a.w_stride, 2 * a.w_stride * p.n, 2 * kStripRows * a.w_stride, 2 * kAtom},
+                    {kAtom, kStripRows, 2, p.plan.tile / 2, p.plan.atoms})
+              : make_tensor_map("linear", a.dtype, a.w, {kAtom, a.out_features, atoms},
+                                {2 * a.w_stride, 2 * kAtom},
+                                {kAtom, kStripRows * p.plan.tile, p.plan.atoms});
   const CUtensorMap x_map =
-      kWhole ? w_map  // not used
-             : make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows}, {2 * a.x_stride},
-                               {kAtom, std::min<int64_t>(kRows, a.rows)});
-  const auto kernel = linear_skinny_sm90_kernel<T, kRows, kTiles, kAtoms, kWhole>;
+      p.plan.whole
+          ? make_tensor_map("linear", a.dtype, a.x, {kAtom, a.rows, atoms},
+                            {2 * a.x_stride, 2 * kAtom},
+                            {kAtom, a.rows, p.num_stages * p.plan.atoms})
+          : make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows}, {2 * a.x_stride},
+                            {kAtom, std::min<int64_t>(p.plan.rows, a.rows)});
+  const auto kernel = linear_skinny_sm90_kernel<T, kRows, kShape>;
   allow_smem(kernel, static_cast<size_t>(p.plan.smem), "linear_skinny");
   const dim3 grid(static_cast<unsigned>(p.plan.ctas),
-                  static_cast<unsigned>((a.rows + kRows - 1) / kRows));
-  const int threads = a.norm.weight != nullptr ? kMaxThreads : 32 * (p.plan.warps + 1);
-  launch(kernel, grid, static_cast<unsigned>(threads), static_cast<size_t>(p.plan.smem), stream,
+                  static_cast<unsigned>((a.rows + p.plan.rows - 1) / p.plan.rows));
+  const int warps = (a.norm.weight != nullptr ? kNormWarps : kComputeWarps) + 1;
+  launch(kernel, grid, static_cast<unsigned>(32 * warps), static_cast<size_t>(p.plan.smem), stream,
          "linear_skinny", p, w_map, x_map);
 }
 
@@ -472,8 +457,10 @@ void launch_sm90(const Params& p, cudaStream_t stream) {
 
 void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stream) {
   const bool norm = a.norm.weight != nullptr;
-  const SkinnySm90Plan plan = plan_skinny_sm90(a.rows, a.out_features, a.in_features, norm,
+  const SkinnySm90Plan plan = plan_skinny_sm90(a.rows, a.out_features, a.in_features, norm, a.gated,
                                                card.num_sms, card.max_smem, card.smem_per_sm);
+  check_invariant(plan.stages >= SkinnySm90Plan::kMinStages,
+                  "linear_skinny: the ring is too short");
   const Params p{a,
                  plan,
                  static_cast<int>(a.gated ? a.out_features / 2 : a.out_features),
@@ -482,35 +469,16 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
                  static_cast<int>((a.in_features + kAtom * plan.atoms - 1) / (kAtom * plan.atoms))};
   dispatch_16bit(a.dtype, "linear", [&](auto type) {
     using T = decltype(type);
-    const auto with = [&]<int kRows, int kTiles, int kAtoms>(std::integral_constant<int, kRows>,
-                                                             std::integral_constant<int, kTiles>,
-                                                             std::integral_constant<int, kAtoms>) {
-      if constexpr (kRows <= 16)
-        if (plan.whole) return launch_sm90<T, kRows, kTiles, kAtoms, true>(p, stream);
-      launch_sm90<T, kRows, kTiles, kAtoms, false>(p, stream);
-    };
-    const auto with_rows = [&]<int kRows>(std::integral_constant<int, kRows> rows) {
-      constexpr std::integral_constant<int, 1> one{};
-      constexpr std::integral_constant<int, 2> two{};
-      constexpr std::integral_constant<int, kRows / 8> all{};
-      if constexpr (kRows > 16) {
-        if (plan.shares == 1) return with(rows, all, one);
-        return plan.atoms == 1 ? with(rows, two, one) : with(rows, two, two);
-      } else {
-        if (plan.atoms == 1) return with(rows, all, one);
-        if (plan.atoms == 2) return with(rows, all, two);
-        with(rows, all, std::integral_constant<int, 4>{});
-      }
-    };
+    const bool one = plan.tile <= 64 / kStripRows;
     switch (plan.rows) {
       case 8:
-        return with_rows(std::integral_constant<int, 8>{});
+        return one ? launch_sm90<T, 8, 1>(p, stream) : launch_sm90<T, 8, 2>(p, stream);
       case 16:
-        return with_rows(std::integral_constant<int, 16>{});
-      case 32:
-        return with_rows(std::integral_constant<int, 32>{});
+        return one ? launch_sm90<T, 16, 1>(p, stream) : launch_sm90<T, 16, 2>(p, stream);
       default:
-        return with_rows(std::integral_constant<int, 64>{});
+        [&]<int... kTiles>(std::integer_sequence<int, kTiles...>) {
+          ((plan.tile == kTiles ? launch_sm90<T, 64, kTiles>(p, stream) : void()), ...);
+        }(SkinnySm90Plan::WideTiles{});
     }
   });
 }

@@ -101,6 +101,10 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(barrier), "l"(policy)
       : "memory");
 }
+// The copy engine will not wait for the description when it is first asked for a box.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 // The box comes into L2.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, int32_t y,
                                              int32_t z, int32_t w, int32_t v) {

@@ -108,38 +108,47 @@ void multiply(const Call& c) {
   }
 }
 
-// D (+)= A B of 64 x n x 16 by four warps, 16 rows each; B in shared memory with the 128-byte
-// swizzle: rows of 64 k, or with the last number 1 rows of 64 columns.
+// D (+)= A B of 64 x n x 16 by four warps, 16 rows each. A in registers, B in shared memory with
+// the 128-byte swizzle: rows of 64 k, or with the last number 1 rows of 64 columns. Or both there,
+// with rows of 64 k, named by the descriptor's lower half.
 void multiply_group(const Call& c) {
-  const size_t n = c.has("n128") ? 128 : 64, sums = n / 2;
-  const bool is_bf16 = std::string_view(c.value<const char*>(sums + 6)) == "bf16";
-  const bool rows_are_k = c.has("1, 1, 1;"), adds = c.word(sums + 5) != 0;
-  const auto b = c.value<uint64_t>(sums + 4);
-  const auto begin = static_cast<uint32_t>(b & 0x3fff) << 4;
-  const auto across = static_cast<uint32_t>(b >> 16 & 0x3fff) << 4;
-  const auto down = static_cast<uint32_t>(b >> 32 & 0x3fff) << 4;
+  const auto n = static_cast<size_t>(c.numbers("m64n").front());
+  const size_t sums = n / 2;
+  const bool a_is_shared = c.has("1, 1, 0, 0;");
+  const size_t b_at = sums + (a_is_shared ? 1 : 4);
+  const bool is_bf16 = std::string_view(c.value<const char*>(b_at + 2)) == "bf16";
+  const bool rows_are_k = c.has("1, 1, 1;"), adds = c.word(b_at + 1) != 0;
+  constexpr uint64_t dense = uint64_t{1024 >> 4} << 32;  // rows after one another
+  const uint64_t b = a_is_shared ? dense | c.word(b_at) : c.value<uint64_t>(b_at);
+  const auto element = [&](uint64_t m, uint32_t row, uint32_t k, bool is_transposed) {
+    const auto across = static_cast<uint32_t>(m >> 16 & 0x3fff) << 4;
+    const auto down = static_cast<uint32_t>(m >> 32 & 0x3fff) << 4;
+    uint32_t at = static_cast<uint32_t>(m & 0x3fff) << 4;
+    at += is_transposed ? row / 64 * across + k / 8 * down + k % 8 * 128 + row % 64 * 2
+                        : row / 8 * down + row % 8 * 128 + 2 * k;
+    at ^= (at >> 7 & 7) << 4;
+    uint16_t bits;
+    std::memcpy(&bits, dynamic_shared() + at, 2);
+    return static_cast<double>(widen(bits, is_bf16));
+  };
+  const auto lane_row = static_cast<uint32_t>(lane()) / 4;
+  double rows[2][16];
   Matrices& m = Matrices::of_warp();
-  m.set_a(c, sums, is_bf16);
+  if (!a_is_shared) m.set_a(c, sums, is_bf16);
   exchange(0);
+  for (uint32_t row = 0; row < 2; ++row)
+    for (uint32_t k = 0; k < 16; ++k)
+      rows[row][k] = a_is_shared ? element(dense | c.word(sums),
+                                           threadIdx.x / 32 % 4 * 16 + lane_row + 8 * row, k, false)
+                                 : m.a[lane_row + 8 * row][k];
   for (uint32_t i = 0; i < sums; ++i) {
     if (i % 4 > 1) continue;
     const uint32_t column = i / 4 * 8 + 2 * static_cast<uint32_t>(lane() % 4) + i % 2;
     double of_column[16];
-    for (uint32_t k = 0; k < 16; ++k) {
-      uint32_t at = begin;
-      if (rows_are_k) {
-        at += column / 64 * across + k / 8 * down + k % 8 * 128 + column % 64 * 2;
-      } else {
-        at += column / 8 * down + column % 8 * 128 + 2 * k;
-      }
-      at ^= (at >> 7 & 7) << 4;
-      uint16_t bits;
-      std::memcpy(&bits, dynamic_shared() + at, 2);
-      of_column[k] = static_cast<double>(widen(bits, is_bf16));
-    }
+    for (uint32_t k = 0; k < 16; ++k) of_column[k] = element(b, column, k, rows_are_k);
     for (uint32_t row = 0; row < 2; ++row)
-      c.set(i + 2 * row, multiply_add(adds ? c.value<float>(i + 2 * row) : 0,
-                                      m.a[static_cast<uint32_t>(lane()) / 4 + 8 * row], of_column));
+      c.set(i + 2 * row,
+            multiply_add(adds ? c.value<float>(i + 2 * row) : 0, rows[row], of_column));
   }
 }
 
@@ -299,6 +308,7 @@ Instruction find(std::string_view text) {
       {"fence.", [](const Call&) {}},
       {"mbarrier.", use_barrier},
       {"createpolicy.", [](const Call& c) { c.set(0, uint64_t{0}); }},
+      {"prefetch.tensormap", [](const Call&) {}},
       {"cp.async.bulk.prefetch", [](const Call&) {}},
       {"cp.async.bulk.tensor", copy_box},
       {"cp.async.bulk.shared", copy_bytes},
