@@ -31,15 +31,17 @@ void prefer_shared_memory(Kernel kernel, const char* name) {
 }
 
 // Programmatic dependent launch (CUDA guide, Hopper on): a kernel is put on the card before the one
-// before it has ended, and waits itself. let_next_start() allows the next kernel onto the card, as
-// a rule only after the own wait_for_previous(): what starts early then runs beside the one kernel
-// before it, and all older ones have ended. Products with a norm call it before, for what follows
-// them has much to look up; it runs beside two. Before its wait a kernel that was launched with
-// launch() writes nothing and reads only what those do not write: weights, the step's inputs,
-// tokens that were in the cache before. Where that depends on who they are, the caller says so:
-// `settled`. So the first kernel of a step (after its inputs) and what stands between two kernels
-// that write and read a cache must wait before they let the next one start. (A block that ends
-// counts as if it had called let_next_start(); some block must wait.)
+// before it has ended, and waits itself. let_next_start() allows the next kernel onto the card.
+// Whoever calls it after the own wait_for_previous() has at most one older kernel beside the next
+// one. Products that have a norm, or whose weights are all on their way, call it before: what
+// follows has much to look up or to fetch, and it runs beside two or more. Every kernel waits
+// before it ends (some block of it must), so where a wait returns, all older kernels have ended.
+// Before its wait a kernel that was launched with launch() writes nothing and reads only what no
+// kernel of the step writes: weights, the step's inputs, tokens that were in the cache before.
+// Where that depends on who they are, the caller says so: `settled`. So the first kernel of a step
+// (after its inputs) and what stands between two kernels that write and read a cache must wait
+// before they let the next one start. (A block that ends counts as if it had called
+// let_next_start().)
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

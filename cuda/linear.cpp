@@ -427,7 +427,7 @@ struct Linear::Impl {
     std::replace(name.begin(), name.end(), ' ', '_');
     return concat(name, "/", p.multiProcessorCount, "/driver", driver, "/cublaslt",
                   cublasLtGetVersion(), "/", dtype_name(options.dtype),
-                  options.batch_invariant ? "/invariant" : "/fastest", "/format4");
+                  options.batch_invariant ? "/invariant" : "/fastest", "/format5");
   }
   static std::string text_of(const Key& k) {
     return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <utility>
+#include <iterator>
 
 namespace ni::cuda {
 
@@ -85,10 +85,12 @@ struct SkinnySm90Plan {
   static constexpr int kStripRows = 8;
   // So many that a stage has work enough for the tensor core to do while the next is begun.
   static constexpr int stage_atoms(int tile) { return tile > 8 ? 2 : 4; }
-  // Of more than 16 rows.
-  using WideTiles = std::integer_sequence<int, 2, 4, 6, 8, 14, 16>;
+  // With more than 16 rows.
+  static constexpr int kWideTiles[] = {2, 4, 6, 8, 14, 16};
   static constexpr bool is_wide(int tile) {
-    return tile == 2 || tile == 4 || tile == 6 || tile == 8 || tile == 14 || tile == 16;
+    for (const int one : kWideTiles)
+      if (one == tile) return true;
+    return false;
   }
 };
 
@@ -151,7 +153,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // take as much.
   const int half = smem_per_sm / 2 - 1024, whole = max_smem - fixed;
   const int64_t weights = int64_t{2} * best_rounds * best.tile * kStripRows * columns;
-  const bool is_less = norm && weights <= half - 1024 - fixed;
+  const bool is_less = norm && weights <= half;
   const int few = (is_less ? half - 1024 : half + 1024) - fixed;
   constexpr int kEnough = 56 * 1024;  // bytes in flight
   const bool is_large = few < std::max(kEnough, kMinStages * best.stage_bytes) || m > 16 ||

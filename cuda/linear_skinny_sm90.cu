@@ -7,14 +7,14 @@
 // tiles of up to 16 strips of 8 weight rows (gated: pairs, of the gate and of the others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
 // four warps multiply. x comes through the same ring, or as a whole, and is normalised where it
-// lies, by every CTA. W is the A operand of the warpgroup's products (64 rows, or what lies where
-// there are fewer), x the B operand (8 to 64 rows), both read from shared memory by the tensor
-// core. Moves N * K * 2 bytes once; bound by bandwidth. What that takes: 50 KB (H100) to 150 KB
-// (H200) in flight on every multiprocessor from the kernel's first moment on (the ring fills while
-// the kernel before still works: weights depend on nobody), strips spread evenly, and a warp that
-// only copies, since issuing a copy takes longer than the product of what it brings. For short N
-// the chain of K / 16 dependent products is the bound: 18 cycles each with up to 8 rows of x, 33
-// with 64 (mma.sync, whose operands are loaded by instructions: 36).
+// lies, by every CTA. Both operands are read from shared memory by the tensor core itself: with up
+// to 16 rows of x W is A (64 rows, or whatever lies there where they are fewer) and x is B, with
+// more x is A and W is B. Moves N * K * 2 bytes once; bound by bandwidth. What that takes: 50 KB
+// (H100) to 150 KB (H200) in flight on every multiprocessor from the kernel's first moment on (the
+// ring fills while the kernel before still works: weights depend on nobody), strips spread evenly,
+// one CTA on every multiprocessor (see the plan), and a warp that only copies. For short N the
+// chain of K / 16 dependent products is the bound: 18 cycles each with 8 rows of x, 33 with 64 of
+// B, if they stand close; mma.sync takes 24, with the ldmatrix that it needs 36.
 #include "cuda/activation.cuh"
 #include "cuda/attention.cuh"
 #include "cuda/linear.h"
@@ -31,6 +31,7 @@ constexpr int kAtom = 64;  // columns of a box, 128 bytes
 constexpr int kStripRows = SkinnySm90Plan::kStripRows;
 constexpr int kComputeWarps = 4;
 constexpr int kNormWarps = 8;
+
 struct Params {
   SkinnyArgs a;
   SkinnySm90Plan plan;
@@ -120,12 +121,13 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
 
   prefetch_map(x_map);
   if (!p.a.settled) wait_for_previous();
-  if (p.a.norm.weight != nullptr) {
+  const Source begin{static_cast<int>(blockIdx.x)};
+  const bool has_work = begin.tile < p.num_tiles, with_norm = p.a.norm.weight != nullptr;
+  if (has_work && with_norm) {
     arrive_expecting(memory.x_full(), 4 * p.k);
     copy_bytes(memory.x + plan.whole_bytes, p.a.norm.weight, 4 * p.k, memory.x_full());
   }
   // The first stages of the weights come while the kernel before ends.
-  const Source begin{static_cast<int>(blockIdx.x)};
   Source next = begin;
   Place place;
   int ahead = 0;
@@ -135,9 +137,9 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
     place.advance(plan.stages);
   }
   // Already now: attention looks up its work, the next product fetches its weights meanwhile.
-  if (p.a.norm.weight != nullptr || plan.holds_all) let_next_start();
+  if (with_norm || plan.holds_all) let_next_start();
   wait_for_previous();
-  if (begin.tile >= p.num_tiles) return;
+  if (!has_work) return;
   if (plan.whole) {
     arrive_expecting(memory.x_full(), plan.whole_bytes);
     copy_box(memory.x, x_map, 0, 0, 0, memory.x_full());
@@ -476,9 +478,10 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
       case 16:
         return one ? launch_sm90<T, 16, 1>(p, stream) : launch_sm90<T, 16, 2>(p, stream);
       default:
-        [&]<int... kTiles>(std::integer_sequence<int, kTiles...>) {
-          ((plan.tile == kTiles ? launch_sm90<T, 64, kTiles>(p, stream) : void()), ...);
-        }(SkinnySm90Plan::WideTiles{});
+        [&]<size_t... i>(std::index_sequence<i...>) {
+          constexpr const auto& kTiles = SkinnySm90Plan::kWideTiles;
+          ((plan.tile == kTiles[i] ? launch_sm90<T, 64, kTiles[i]>(p, stream) : void()), ...);
+        }(std::make_index_sequence<std::size(SkinnySm90Plan::kWideTiles)>{});
     }
   });
 }
