@@ -209,7 +209,7 @@ struct Rows {
   __device__ __forceinline__ void issue_scores(uint32_t k) {
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i)
-      wgmma_scores<T>(s, q[i], matrix(k + i / 4 * kAtomBytes + i % 4 * 32, 0), i > 0);
+      wgmma_rows<T>(s, q[i], matrix(k + i / 4 * kAtomBytes + i % 4 * 32, 0), i > 0);
     wgmma_commit();
   }
 
@@ -217,7 +217,7 @@ struct Rows {
   __device__ __forceinline__ void issue_values(uint32_t v) {
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i)
-      wgmma_values<T>(o, p[i], matrix(v + i * 16 * 128, kAtomBytes));
+      wgmma_columns<T>(o, p[i], matrix(v + i * 16 * 128, kAtomBytes));
     wgmma_commit();
   }
 

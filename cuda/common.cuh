@@ -20,8 +20,9 @@ void allow_smem(Kernel kernel, size_t bytes, const char* name) {
         name);
 }
 
-// All kernels want a multiprocessor's memory divided alike: it is only divided anew when nothing
-// runs there, so a kernel that wants it otherwise cannot start beside the one before it.
+// All kernels that launch() starts want a multiprocessor's memory divided alike: it is only divided
+// anew when nothing runs there, so one that wants it otherwise cannot start beside the one before
+// it.
 template <typename Kernel>
 void prefer_shared_memory(Kernel kernel, const char* name) {
   check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -67,7 +68,7 @@ inline bool has_dependent_launch() {
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t smem, cudaStream_t stream,
             const char* name, const Args&... args) {
-  prefer_shared_memory(kernel, name);
+  if (has_dependent_launch()) prefer_shared_memory(kernel, name);
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;

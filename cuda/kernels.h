@@ -64,8 +64,8 @@ struct AttnParams {
   // (common.cuh): of `step`, and of K and V of tokens before the queries.
   bool settled = false;
   // Where fuses_rope() says so: q, k and v in `q`, [T, (num_heads + 2 kv_heads) * head_dim], are
-  // still to be normalised, rotated and written (rope_kv.cu). Then settled: neither of the two
-  // kernels before may write this cache.
+  // still to be normalised, rotated and written (rope_kv.cu). Then settled: no kernel since one
+  // that waited before it let the next one start may write this cache.
   bool with_rope = false;
   RopeArgs rope;
 };

@@ -37,7 +37,8 @@ class Linear {
   // Whether run() takes the norm and the gate of `a` for so many rows.
   bool fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const;
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
-  // settled (common.cuh): the two kernels before have not written the weight.
+  // settled (common.cuh): no kernel that may still run has written the weight: none since one that
+  // waited before it let the next one start.
   void run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
            cudaStream_t stream, bool settled = true);
   // Candidates timed so far: none if the cache file knew all plans.

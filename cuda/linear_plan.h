@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
 
 namespace ni::cuda {
 
@@ -145,23 +144,26 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
       m > 16 ? (64 - best.rows) * 128 : (8 - best.tile % 8) % 8 * kStripRows * 128 + 1024;
   const int fixed = best.x_bytes + 8 * (2 * kSkinnySm90MaxStages + 1) + kSkinnyAlign + over;
   // A CTA whose ring takes all its weights and one of the next kernel's shall fit one
-  // multiprocessor, so that the rings fill while other kernels compute, but not two of one kernel:
-  // the hardware would put two where the kernel before makes room first and none elsewhere, and
-  // they would take twice as long. So products with a norm (qkv, `gate_up`) take a little less than
-  // half of the shared memory, those without (`o`, `down`) a little more; attention has room beside
-  // either. Many weights keep the memory busy only with more in flight than that, many rows of x
-  // take as much.
+  // multiprocessor, so that the rings fill while other kernels compute. Two CTAs of one kernel
+  // shall not stand on one: the hardware would put two where the kernel before makes room first and
+  // none elsewhere, and they would take twice as long. So products without a norm (`o`, `down`)
+  // take a little more than half of the shared memory, and those with one (qkv, `gate_up`) a little
+  // less where that holds their weights; that two of these do not stand together is due to the
+  // grid, which has a CTA for every multiprocessor. Attention with heads of up to 128 has room
+  // beside either. Many weights keep the memory busy only with more in flight than that, many rows
+  // of x take as much.
   const int half = smem_per_sm / 2 - 1024, whole = max_smem - fixed;
   const int64_t weights = int64_t{2} * best_rounds * best.tile * kStripRows * columns;
-  const bool is_less = norm && weights <= half;
-  const int few = (is_less ? half - 1024 : half + 1024) - fixed;
+  const bool leaves_room = norm && weights <= half;
+  const int room = (leaves_room ? half - 1024 : half + 1024) - fixed;
   constexpr int kEnough = 56 * 1024;  // bytes in flight
-  const bool is_large = few < std::max(kEnough, kMinStages * best.stage_bytes) || m > 16 ||
+  const bool is_large = room < std::max(kEnough, kMinStages * best.stage_bytes) || m > 16 ||
                         weights > int64_t{4} * half;
-  best.stages = std::min((is_large ? whole : few) / best.stage_bytes, kSkinnySm90MaxStages);
-  best.smem = std::max(best.stages * best.stage_bytes + fixed, is_less ? 0 : half + 1024);
+  best.stages = std::min((is_large ? whole : room) / best.stage_bytes, kSkinnySm90MaxStages);
+  best.smem = std::max(best.stages * best.stage_bytes + fixed, leaves_room ? 0 : half + 1024);
   best.holds_all = best_rounds == 1 && best.stages * best.atoms * 64 >= k;
-  // Half of what is short comes while x is normalised: all at once would delay x.
+  // Of few weights some, half where the ring is full, come while x is normalised: all at once would
+  // delay x.
   best.ahead = norm && best.holds_all ? (best.stages + 1) / 2 : best.stages;
   return best;
 }

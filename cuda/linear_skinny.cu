@@ -6,8 +6,8 @@
 // shared memory (cp.async), each warp multiplies its strip. x is the A operand, W the B operand; a
 // lane takes four neighbouring k of a row with one 8-byte load, the same for both.
 // Moves N * K * 2 bytes of weights once, x once a CTA (from the L2 cache); bound by bandwidth, and
-// for short N by the chain of K / 16 dependent products. For cards before Hopper, and there for K
-// that is no multiple of 64.
+// for short N by the chain of K / 16 dependent products. For all cards but Hopper's, and there for
+// K that is no multiple of 64.
 #include "cuda/attention.cuh"
 #include "cuda/linear.h"
 #include "cuda/linear_plan.h"

@@ -15,8 +15,10 @@
 // one CTA on every multiprocessor (see the plan), and a warp that only copies. For short N the
 // chain of K / 16 dependent products is the bound: 18 cycles each with 8 rows of x, 33 with 64 of
 // B, if they stand close; mma.sync takes 24, with the ldmatrix that it needs 36.
+#include <iterator>
+#include <utility>
+
 #include "cuda/activation.cuh"
-#include "cuda/attention.cuh"
 #include "cuda/linear.h"
 #include "cuda/linear_plan.h"
 #include "cuda/linear_skinny.cuh"
@@ -461,8 +463,9 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
   const bool norm = a.norm.weight != nullptr;
   const SkinnySm90Plan plan = plan_skinny_sm90(a.rows, a.out_features, a.in_features, norm, a.gated,
                                                card.num_sms, card.max_smem, card.smem_per_sm);
-  check_invariant(plan.stages >= SkinnySm90Plan::kMinStages,
-                  "linear_skinny: the ring is too short");
+  check_invariant(plan.stages >= SkinnySm90Plan::kMinStages &&
+                      (a.rows <= 16 || SkinnySm90Plan::is_wide(plan.tile)),
+                  "linear_skinny: no kernel has this plan");
   const Params p{a,
                  plan,
                  static_cast<int>(a.gated ? a.out_features / 2 : a.out_features),

@@ -241,7 +241,8 @@ void rope_kv_write(void* qkv, int64_t qkv_stride, int64_t rows, int32_t num_head
             a.rotary_dim, " is not a multiple of 4 up to ", kv.head_dim);
   check_arg(kv.tile() == 1, "rope_kv_write: K must be plain rows on CUDA");
   const int64_t units = rows * (num_heads + 2 * kv.num_kv_heads), limit = int64_t{1} << 31;
-  check_arg(units < limit && int64_t{kv.num_blocks} * kv.block_size < limit,
+  // (A thread has an index of its own, 32 a unit.)
+  check_arg(units < limit / 32 && int64_t{kv.num_blocks} * kv.block_size < limit,
             "rope_kv_write: ", rows, " rows or ", kv.num_blocks, " blocks are too many");
   const RopeParams p{
       qkv, qkv_stride, static_cast<uint32_t>(rows), num_heads,         positions, slot_mapping,

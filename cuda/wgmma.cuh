@@ -3,6 +3,9 @@
 // lane % 4 * 2 + j % 2.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "cuda/common.cuh"
 
 namespace ni::cuda {
@@ -53,8 +56,8 @@ struct TypeName<__half> {
 
 // d[64, 64] = a[64, 16] b[64, 16]^T, or with `add` d += …
 template <typename T>
-__device__ __forceinline__ void wgmma_scores(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
-                                             int add) {
+__device__ __forceinline__ void wgmma_rows(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                           int add) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -75,7 +78,8 @@ __device__ __forceinline__ void wgmma_scores(float (&d)[8][4], const uint32_t (&
 
 // d[64, n] += a[64, 16] b[16, n], n = 64 or 128.
 template <typename T>
-__device__ __forceinline__ void wgmma_values(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const uint32_t (&a)[4],
+                                              uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -94,8 +98,8 @@ __device__ __forceinline__ void wgmma_values(float (&d)[8][4], const uint32_t (&
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1), "C"(TypeName<T>::kText));
 }
 template <typename T>
-__device__ __forceinline__ void wgmma_values(float (&d)[16][4], const uint32_t (&a)[4],
-                                             uint64_t b) {
+__device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const uint32_t (&a)[4],
+                                              uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"

@@ -86,15 +86,18 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_LE(p.smem, card.max_smem);
             EXPECT_GE(p.smem, p.stages * p.stage_bytes + p.x_bytes + 16 * p.stages);
             EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
-            EXPECT_TRUE(p.rows >= std::min<int64_t>(m, 64) ||
-                        (p.rows == 32 && 2 * p.ctas <= card.sms));
+            EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
+            EXPECT_EQ(p.atoms, SkinnySm90Plan::stage_atoms(p.tile));
+            EXPECT_TRUE(m <= 16 || SkinnySm90Plan::is_wide(p.tile));
+            EXPECT_TRUE(!p.holds_all || (p.tiles(n) <= card.sms && p.stages * p.atoms * 64 >= k));
             EXPECT_TRUE(p.tile >= 1 && p.tile <= 16 && (!gated || p.tile % 2 == 0));
             // What the tensor core reads behind the last weights, and behind x, is there.
             const int unused = m > 16 ? (64 - p.rows) * 128 : (8 - p.tile % 8) % 8 * 8 * 128 + 1024;
             EXPECT_LE(p.stages * p.stage_bytes + p.x_bytes + unused, p.smem);
             if (p.whole) {
-              EXPECT_LE((k + 64 * p.atoms - 1) / 64, 256);  // atoms in a box
-              EXPECT_GE(p.whole_bytes, 2 * m * k);
+              const int64_t atoms = (k / 64 + p.atoms - 1) / p.atoms * p.atoms;
+              EXPECT_LE(atoms, 256);                      // in a box
+              EXPECT_EQ(p.whole_bytes, 128 * m * atoms);  // as many as the box brings
             }
             EXPECT_GE(p.tiles(n) * 8 * p.tile, n);
             EXPECT_LE(p.ctas, card.sms);
@@ -121,9 +124,9 @@ TEST(LinearPlanSm90, SpreadsTheStripsEvenly) {
   }
 }
 
-// Two CTAs of one kernel do not fit one multiprocessor, by shared memory or by registers; one of
-// few weights does beside the next kernel's.
-TEST(LinearPlanSm90, NeverTwoOnOneMultiprocessorButTwoKernels) {
+// Two CTAs without a norm do not fit one multiprocessor; with one the grid has one for each. One of
+// few weights fits beside the next kernel's.
+TEST(LinearPlanSm90, OneCtaOfAKernelOnAMultiprocessorBesideTheNextKernels) {
   constexpr int kReserved = 1024, kPerSm = 228 * 1024;  // of a CTA
   const auto plan = [](int64_t m, int64_t n, int64_t k, bool norm) {
     return plan_skinny_sm90(m, n, k, norm, false, 132, 227 * 1024, kPerSm);
@@ -134,7 +137,9 @@ TEST(LinearPlanSm90, NeverTwoOnOneMultiprocessorButTwoKernels) {
         for (const int64_t k : {1024, 3072, 14336}) {
           const auto p = plan(m, n, k, norm);
           if (norm && (m > 16 || !p.fits())) continue;
-          EXPECT_TRUE(norm || 2 * (p.smem + kReserved) > kPerSm) << m << " x " << n << " x " << k;
+          EXPECT_TRUE(norm ? 2 * p.tiles(n) <= 132 || p.ctas == 132
+                           : 2 * (p.smem + kReserved) > kPerSm)
+              << m << " x " << n << " x " << k;
         }
   const auto o = plan(1, 1024, 2048, false), gate_up = plan(1, 6144, 1024, true);
   EXPECT_LE(o.smem + gate_up.smem + 2 * kReserved, kPerSm);

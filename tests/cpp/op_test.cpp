@@ -403,12 +403,9 @@ TEST_P(OpTest, RopeAndCacheWrite) {
                                   {2, 2, 32, 0, 32, false},
                                   {8, 2, 18, 18, 1, true},
                                   {1, 1, 128, 64, 48, true}};
-  const std::vector<RopeCase> cuda{{4, 2, 64, 64, 16, true},
-                                   {3, 1, 96, 72, 16, false},
-                                   {2, 2, 128, 0, 32, false},
-                                   {8, 2, 256, 256, 64, true},
-                                   {5, 1, 128, 128, 16, true},
-                                   {3, 3, 64, 0, 16, false},
+  const std::vector<RopeCase> cuda{{4, 2, 64, 64, 16, true},   {3, 1, 96, 72, 16, false},
+                                   {2, 2, 128, 0, 32, false},  {8, 2, 256, 256, 64, true},
+                                   {5, 1, 128, 128, 16, true}, {3, 3, 64, 0, 16, false},
                                    {1, 1, 128, 64, 48, true}};
   for (const DType dtype : cache_types(GetParam()))
     for (const RopeCase& c : on_cuda() ? cuda : any) check_rope(GetParam(), c, dtype);
