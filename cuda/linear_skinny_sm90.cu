@@ -169,7 +169,7 @@ __device__ __forceinline__ void synchronise_normalisers() {
 template <typename T>
 __device__ __forceinline__ void normalise(const Params& p, const Memory& memory) {
   using Elements = Vec<T, 8>;
-  constexpr int kThreads = 32 * kNormWarps, kAtOnce = 2;
+  constexpr int kAtOnce = 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int rows = static_cast<int>(p.a.rows), vectors = p.k / 8;
   const uint32_t weights = memory.x + p.plan.whole_bytes, sums = weights + p.k * 4;
