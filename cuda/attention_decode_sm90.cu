@@ -696,7 +696,7 @@ __global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
     fence_async_proxy();
   }
   __syncthreads();
-  const int warp = __shfl_sync(kAll, threadIdx.x / 32, 0);  // uniform for the compiler too
+  const int warp = uniform(threadIdx.x / 32);
   if (warp < kDecodeWarps) {
     Computer<T, C, D, kRope>(p, memory).run();
   } else if (warp == kDecodeWarps) {

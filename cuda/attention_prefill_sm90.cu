@@ -408,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const Item item = make_item(p.attn);
   const Rings<kDim> rings = make_rings<kDim, T>();
-  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);  // uniform for the compiler too
+  const int warp = uniform(threadIdx.x / 32);
   if (warp >= kComputeWarps) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (warp == kComputeWarps) load<kDim>(p, item, &k_map, &v_map, rings);

@@ -77,11 +77,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
                : "memory");
 }
 
-// The same value in all lanes, and known to be.
-__device__ __forceinline__ int uniform(int v) {
-  return __shfl_sync(0xffffffffu, v, 0);
-}
-
 // -- The warp that copies -------------------------------------------------------------------------
 
 // Where a stage lies in the CTA's tiles. (No divisions: they take longer than a copy.)

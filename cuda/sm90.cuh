@@ -45,6 +45,11 @@ __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// The same value in all lanes, and known to be.
+__device__ __forceinline__ int uniform(int v) {
+  return __shfl_sync(0xffffffffu, v, 0);
+}
+
 __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int32_t x, int32_t y,
                                          uint32_t barrier) {
   asm volatile(
@@ -67,15 +72,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, int32_t x, int32_t y,
-                                         int32_t z, int32_t w, int32_t v, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(barrier)
       : "memory");
 }
 // For copies of what is read once: L2 gives such lines up before others.
