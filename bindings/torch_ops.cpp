@@ -215,21 +215,22 @@ class TensorOps {
     const std::vector<int32_t> positions =
         check_sequences(in, starts, contexts, tables.shape.at(1) * kv.block_size);
     const AttnTiling& tiling = backend_->info().tiling;
-    if (tiling.kv_chunk > 0)
-      build_attn_items(starts, contexts, in.num_seqs, tiling, decode_, prefill_, in);
+    if (tiling.kv_chunk > 0) build_attn_items(starts, contexts, in.num_seqs, tiling, lists_, in);
 
     blocks_->begin();
     const size_t starts_at = blocks_->add(starts, in.num_seqs + 1);
     const size_t contexts_at = blocks_->add(contexts, in.num_seqs);
     const size_t positions_at = blocks_->add(positions.data(), in.num_tokens);
-    const size_t decode_at = blocks_->add(decode_.data(), in.num_decode_items);
-    const size_t prefill_at = blocks_->add(prefill_.data(), in.num_prefill_items);
+    const auto list_at = [&](const auto& v) { return blocks_->add(v.data(), std::ssize(v)); };
+    const size_t decode_at = list_at(lists_.decode), prefill_at = list_at(lists_.prefill);
+    const size_t cuts_at = list_at(lists_.cuts);
     blocks_->place();
     in.cu_seqlens_q = blocks_->at<int32_t>(starts_at);
     in.context_lens = blocks_->at<int32_t>(contexts_at);
     in.positions = blocks_->at<int32_t>(positions_at);
     in.decode_items = blocks_->at<AttnItem>(decode_at);
     in.prefill_items = blocks_->at<AttnItem>(prefill_at);
+    in.decode_cuts = blocks_->at<DecodeCut>(cuts_at);
     blocks_->upload(in);
     // The operator takes rows of q, k and v; it reads only q.
     Tensor qkv = queries.rows();
@@ -348,7 +349,7 @@ class TensorOps {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<StepBlocks> blocks_;
   std::optional<uintptr_t> stream_;
-  std::vector<AttnItem> decode_, prefill_;
+  AttnLists lists_;
 };
 
 }  // namespace

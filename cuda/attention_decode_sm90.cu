@@ -111,6 +111,13 @@ __device__ __forceinline__ Work broadcast(const Work& w, int lane) {
 __device__ __forceinline__ bool has_ranges(const DecodeParams& p) {
   return p.attn.args.window == 0 && p.attn.step->num_whole_items == 0;
 }
+// Where a range of equal work begins.
+__device__ __forceinline__ int first_unit(const DecodeCut& cut, int tiles) {
+  const int chunks = max(1, (cut.context + kKvChunk - 1) / kKvChunk);
+  const uint32_t tokens = __umulhi(cut.part * static_cast<uint32_t>(tiles), cut.context);
+  return cut.item * tiles + static_cast<int>(__umulhi(cut.part, tiles)) * chunks +
+         static_cast<int>(tokens + kKvChunk - 1) / kKvChunk;
+}
 // CTAs that have work. Two chunks a sequence: where CTAs would be idle, one takes both sooner than
 // two merge.
 __device__ __forceinline__ int num_ctas(const DecodeParams& p) {
@@ -133,8 +140,9 @@ class Copier {
                     const CUtensorMap* v_map)
       : p_(p), memory_(memory), k_map_(k_map), v_map_(v_map) {}
 
-  // A range of as many units as any other CTA, or every so many-th. They are looked up 32 at a
-  // time, a lane each: the chain of loads is as long for one. Here and below everything stands
+  // A range of as many units as any other CTA, or, where a CTA has several, of as many tokens
+  // (chunks at the ends of sequences are short); or every so many-th unit. They are looked up 32 at
+  // a time, a lane each: the chain of loads is as long for one. Here and below everything stands
   // once: the less code, the sooner it is there (docs/kernels.md).
   __device__ void run() {
     const int units = num_units(p_), ctas = num_ctas(p_), stride = gridDim.x;
@@ -143,6 +151,14 @@ class Copier {
     if (ranges) {
       unit = static_cast<int>(int64_t{blockIdx.x} * units / ctas);
       end = static_cast<int>((int64_t{blockIdx.x} + 1) * units / ctas);
+      const StepInputs& in = *p_.attn.step;
+      if (ctas < units && in.num_decode_ranges % ctas == 0 && in.num_decode_ranges > 0) {
+        const int of_cta = in.num_decode_ranges / ctas;
+        const DecodeCut* cut = in.decode_cuts + blockIdx.x * of_cta;
+        const int tiles = p_.attn.kv.num_kv_heads * p_.row_tiles;
+        unit = first_unit(cut[0], tiles);
+        end = first_unit(cut[of_cta], tiles);
+      }
     }
     Work mine{};
     uint32_t todo = 0;

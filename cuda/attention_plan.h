@@ -38,7 +38,8 @@ struct DecodePlan {
 inline constexpr int kDecodeWarps = 4;
 static_assert(kKvChunk == kDecodeWarps * kTile);
 inline constexpr int kDecodeSm90Threads = 32 * (kDecodeWarps + 2);
-inline constexpr int kDecodeUnits = 3;  // units of work whose q is there or on its way
+inline constexpr int kDecodeCtasPerSm = 2;  // at most
+inline constexpr int kDecodeUnits = 3;      // units of work whose q is there or on its way
 // P [tile][16][64] in 16 bits, as many q [16][head_dim] whose rows are 16 bytes further apart than
 // they are long, row maxima, and 1 KB for descriptions of work and barriers.
 inline constexpr int decode_sm90_extra_smem(int head_dim) {
@@ -107,7 +108,7 @@ inline constexpr DecodePlan plan_decode(int max_smem, int smem_per_sm, int head_
 inline constexpr DecodePlan plan_decode_sm90(int head_dim, int kv_bytes) {
   constexpr int kMaxSmem = 227 * 1024, kSmemPerSm = 228 * 1024, kMaxStages = 10;
   const int tile = kTile * head_dim * kv_bytes, extra = decode_sm90_extra_smem(head_dim);
-  for (int ctas = head_dim > 128 ? 1 : 2; ctas >= 1; --ctas) {  // by registers
+  for (int ctas = head_dim > 128 ? 1 : kDecodeCtasPerSm; ctas >= 1; --ctas) {  // by registers
     const int room = std::min(kMaxSmem, kSmemPerSm / ctas - 1024) - extra;
     const int stages = std::min(kMaxStages, room / tile);
     if (stages >= 4) return {stages, stages * tile + extra, ctas};

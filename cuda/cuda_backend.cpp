@@ -59,6 +59,7 @@ CudaBackend::CudaBackend(const BackendOptions& options)
   info_.tiling.q_tile = kPrefillRows;
   info_.tiling.decode_rows = kDecodeRows;
   info_.tiling.max_items = 2048;
+  info_.tiling.decode_ranges = decode_ranges(card_);
   info_.has_graphs = graphs_;
   info_.is_batch_invariant = options.batch_invariant;
 

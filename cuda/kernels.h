@@ -11,6 +11,7 @@
 
 #include "backend/op_args.h"
 #include "core/step_inputs.h"
+#include "cuda/attention_plan.h"
 
 namespace ni::cuda {
 
@@ -73,6 +74,10 @@ struct AttnParams {
 bool fuses_rope(const AttnArgs& a, const RopeArgs& rope, const KvView& kv, int32_t max_query_len,
                 const Card& card);
 
+// Into how many ranges attention_decode() wants its work cut (AttnTiling).
+inline int32_t decode_ranges(const Card& card) {
+  return card.arch == 90 ? kDecodeCtasPerSm * card.num_sms : 0;
+}
 // Sequences cut along the cache: step->decode_items. max_query_len: the longest query among them.
 // workspace: decode_workspace_bytes(), zero at first and left so where it must be. max_items: of
 // kDecodeRows query rows each; of shorter queries as many times more fit.

@@ -1,4 +1,7 @@
+#include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <random>
 
 #include "bench.h"
 #include "core/attn_items.h"
@@ -21,23 +24,36 @@ namespace {
 // FlashAttention-3 on an H200, same heads, bf16, paged cache with blocks of 16.
 constexpr const char* kPeer = "FlashAttention-3 on an H200";
 
-// Sequences of equal length in a paged cache of several layers, laid out as the engine does:
+// Lengths from `low` to `high` in a random order, always the same one.
+std::vector<int32_t> spread(int32_t count, int32_t low, int32_t high) {
+  std::vector<int32_t> lengths;
+  for (int32_t i = 0; i < count; ++i)
+    lengths.push_back(low + i * (high - low) / std::max(1, count - 1));
+  std::shuffle(lengths.begin(), lengths.end(), std::mt19937(1));
+  return lengths;
+}
+
+// Sequences in a paged cache of several layers, laid out as the engine does:
 // [block][layer][K, V][kv head][slot][d]; blocks are shuffled.
 class Sequences {
  public:
-  Sequences(int32_t seqs, int32_t query, int32_t context, DType dtype, int64_t layers)
-      : tables_(permutation(seqs * blocks_of(context))) {
+  Sequences(const std::vector<int32_t>& contexts, int32_t query, DType dtype, int64_t layers,
+            const Card& card)
+      : tables_(permutation(static_cast<int32_t>(contexts.size()) * blocks_of(longest(contexts)))) {
+    const auto seqs = static_cast<int32_t>(contexts.size());
+    const int32_t context = longest(contexts);
     std::vector<int32_t> starts;
     for (int32_t s = 0; s <= seqs; ++s) starts.push_back(s * query);
-    const std::vector<int32_t> contexts(static_cast<size_t>(seqs), context);
     StepInputs in;
-    std::vector<AttnItem> decode, prefill;
+    AttnLists lists;
     build_attn_items(starts.data(), contexts.data(), seqs,
-                     {kKvChunk, kPrefillRows, kDecodeRows, kMaxItems}, decode, prefill, in);
+                     {kKvChunk, kPrefillRows, kDecodeRows, kMaxItems, decode_ranges(card)}, lists,
+                     in);
     starts_ = Device<int32_t>(starts);
     contexts_ = Device<int32_t>(contexts);
-    num_items_ = static_cast<int32_t>(decode.size() + prefill.size());
-    items_ = Device<AttnItem>(decode.empty() ? prefill : decode);
+    num_items_ = static_cast<int32_t>(lists.decode.size() + lists.prefill.size());
+    items_ = Device<AttnItem>(lists.decode.empty() ? lists.prefill : lists.decode);
+    cuts_ = Device<DecodeCut>(lists.cuts);
     in.num_tokens = seqs * query;
     in.num_seqs = seqs;
     in.max_query_len = query;
@@ -47,6 +63,7 @@ class Sequences {
     in.context_lens = contexts_.data();
     in.block_tables = tables_.data();
     in.decode_items = in.prefill_items = items_.data();
+    in.decode_cuts = cuts_.data();
     step_ = Device<StepInputs>(std::vector<StepInputs>{in});
 
     KvView& kv = params_.kv;
@@ -72,6 +89,9 @@ class Sequences {
   }
 
   static constexpr int32_t kMaxItems = 2048;  // as CudaBackend asks for
+  static int32_t longest(const std::vector<int32_t>& contexts) {
+    return *std::max_element(contexts.begin(), contexts.end());
+  }
   static int32_t blocks_of(int32_t context) { return (context + kBlockSize - 1) / kBlockSize; }
 
   AttnParams layer(int64_t i) const {
@@ -89,6 +109,7 @@ class Sequences {
   Device<int32_t> tables_;
   Device<int32_t> starts_{1}, contexts_{1};
   Device<AttnItem> items_{1};
+  Device<DecodeCut> cuts_{1};
   Device<StepInputs> step_{1};
   Device<bf16> cache16_{1}, q_{1}, out_{1};
   Device<fp8> cache8_{1};
@@ -97,12 +118,16 @@ class Sequences {
 
 void bench_decode(Bench& b) {
   struct Case {
-    int32_t seqs, context;
+    int32_t seqs, low, high;  // contexts
     double peer_us;
   };
-  constexpr Case kCases[] = {{1, 1024, 12.9},  {1, 4096, 15.7},  {1, 16384, 32.2}, {8, 1024, 19.0},
-                             {8, 4096, 42.8},  {8, 16384, 133},  {64, 1024, 77},   {64, 4096, 256},
-                             {256, 1024, 284}, {256, 4096, 1004}};
+  constexpr Case kCases[] = {
+      {1, 1024, 1024, 12.9},      {1, 4096, 4096, 15.7},      {1, 16384, 16384, 32.2},
+      {8, 1024, 1024, 19.0},      {8, 4096, 4096, 42.8},      {8, 16384, 16384, 133},
+      {64, 1024, 1024, 77},       {64, 4096, 4096, 256},      {256, 1024, 1024, 284},
+      {256, 4096, 4096, 1004},    {64, 128, 384, kMissing},   {128, 400, 1300, kMissing},
+      {256, 400, 1300, kMissing}, {256, 100, 2000, kMissing},
+  };
   const size_t bytes =
       decode_workspace_bytes(Sequences::kMaxItems, Sequences::kMaxItems, kHeads, kHeadDim);
   const Device<char> workspace(static_cast<int64_t>(bytes));
@@ -112,19 +137,22 @@ void bench_decode(Bench& b) {
               {"cache", "batch", "context", "us", "GB/s", "% of copy", "FA3 us", "FA3 / us"},
               {}};
   for (const DType dtype : {DType::bf16, DType::fp8_e4m3}) {
-    for (const auto& [seqs, context, peer] : kCases) {
-      const int64_t read = int64_t{2} * seqs * context * kKvHeads * kHeadDim *
-                           static_cast<int64_t>(dtype_size(dtype));
+    for (const auto& [seqs, low, high, peer] : kCases) {
+      const std::vector<int32_t> contexts = spread(seqs, low, high);
+      const int64_t tokens = std::accumulate(contexts.begin(), contexts.end(), int64_t{0});
+      const int64_t read =
+          int64_t{2} * tokens * kKvHeads * kHeadDim * static_cast<int64_t>(dtype_size(dtype));
       const int64_t layers = b.cold_copies(read);
-      const Sequences sequences(seqs, 1, context, dtype, layers);
+      const Sequences sequences(contexts, 1, dtype, layers, b.card);
       const double us = b.timer.us(layers, [&](int64_t i) {
         attention_decode(sequences.layer(i), 1, Sequences::kMaxItems, workspace.data(), b.card,
                          b.timer.stream());
       });
       const auto moved = static_cast<double>(read + int64_t{4} * seqs * kHeads * kHeadDim);
       const double peer_us = dtype == DType::bf16 ? peer : kMissing;
-      table.rows.push_back({dtype_name(dtype), seqs, context, us, b.gbs(moved, us),
-                            b.share(moved, us), peer_us, peer_us / us});
+      table.rows.push_back({dtype_name(dtype), seqs,
+                            low == high ? concat(low) : concat(low, "-", high), us,
+                            b.gbs(moved, us), b.share(moved, us), peer_us, peer_us / us});
     }
   }
   b.finish(std::move(table));
@@ -141,7 +169,8 @@ void bench_prefill(Bench& b) {
               {}};
   for (const auto& [seqs, query, peer] :
        {Case{1, 4096, 522}, Case{1, 8192, 562}, Case{16, 2048, 461}}) {
-    const Sequences sequences(seqs, query, query, DType::bf16, 1);
+    const std::vector<int32_t> contexts(static_cast<size_t>(seqs), query);
+    const Sequences sequences(contexts, query, DType::bf16, 1, b.card);
     const AttnParams p = sequences.layer(0);
     const cudaStream_t stream = b.timer.stream();
     double wgmma = kMissing;

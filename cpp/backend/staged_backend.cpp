@@ -369,10 +369,10 @@ void StagedBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& 
   check_arg(qkv.rows() == in.num_tokens && qkv.cols() >= q_cols, "attention: qkv is [", qkv.rows(),
             ", ", qkv.cols(), "], wants [", in.num_tokens, ", at least ", q_cols, "]");
   StepInputs there = in;
-  std::vector<AttnItem> decode, prefill;
+  AttnLists lists;
   const AttnTiling& tiling = inner_->info().tiling;
   if (tiling.kv_chunk > 0)
-    build_attn_items(in.cu_seqlens_q, in.context_lens, in.num_seqs, tiling, decode, prefill, there);
+    build_attn_items(in.cu_seqlens_q, in.context_lens, in.num_seqs, tiling, lists, there);
   Call call(*this, "attention");
   // Only q may be read: k and v of the rows are NaN.
   const size_t q =
@@ -382,8 +382,11 @@ void StagedBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& 
   const size_t contexts = call.array(in.context_lens, in.num_seqs);
   const size_t tables = call.array(in.block_tables, int64_t{in.num_seqs} * in.block_table_stride);
   const size_t positions = call.array(in.positions, in.num_tokens);
-  const size_t decode_items = call.array(decode.data(), static_cast<int64_t>(decode.size()));
-  const size_t prefill_items = call.array(prefill.data(), static_cast<int64_t>(prefill.size()));
+  const auto list = [&](const auto& v) {
+    return call.array(v.data(), static_cast<int64_t>(v.size()));
+  };
+  const size_t decode_items = list(lists.decode), prefill_items = list(lists.prefill);
+  const size_t decode_cuts = list(lists.cuts);
   call.place();
   there.cu_seqlens_q = call.pointer<int32_t>(starts);
   there.context_lens = call.pointer<int32_t>(contexts);
@@ -391,6 +394,7 @@ void StagedBackend::attention(Tensor qkv, const StepInputs& in, const AttnArgs& 
   there.positions = call.pointer<int32_t>(positions);
   there.decode_items = call.pointer<AttnItem>(decode_items);
   there.prefill_items = call.pointer<AttnItem>(prefill_items);
+  there.decode_cuts = call.pointer<DecodeCut>(decode_cuts);
   there.max_query_len = there.max_context_len = 0;
   for (int32_t s = 0; s < in.num_seqs; ++s) {
     there.max_query_len =

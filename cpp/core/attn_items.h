@@ -27,7 +27,33 @@ inline void leave_short_ones_whole(std::vector<AttnItem>& items, int32_t max_ite
             [](const AttnItem& a, const AttnItem& b) { return a.seq < b.seq; });
 }
 
-// Refills both lists (they keep their capacity, nothing else is allocated), and in `in` what
+struct AttnLists {
+  std::vector<AttnItem> decode, prefill;
+  std::vector<DecodeCut> cuts;
+};
+
+// Where `count` ranges of the items' sequences, none of which is whole, begin and the last one
+// ends: each has the same number of tokens.
+inline void cut_decode_items(const std::vector<AttnItem>& items, const int32_t* context_lens,
+                             int32_t count, std::vector<DecodeCut>& cuts) {
+  int64_t total = 0, before = 0;  // tokens, of all and of earlier sequences
+  for (const AttnItem& item : items) total += item.index == 0 ? context_lens[item.seq] : 0;
+  size_t first = 0;  // item of the present sequence
+  for (int64_t range = 0; range < count; ++range) {
+    const int64_t begin = total * range;  // and all below times `count`
+    while ((before + context_lens[items[first].seq]) * count <= begin) {
+      before += context_lens[items[first].seq];
+      do ++first;
+      while (items[first].index != 0);
+    }
+    const int64_t context = context_lens[items[first].seq];
+    cuts.push_back({static_cast<int32_t>(first), static_cast<int32_t>(context),
+                    static_cast<uint32_t>(((begin - before * count) << 32) / (context * count))});
+  }
+  cuts.push_back({static_cast<int32_t>(items.size()), 1, 0});
+}
+
+// Refills the lists (they keep their capacity, nothing else is allocated), and in `in` what
 // StepInputs says of them but their addresses. The tiling's kv_chunk is above 0.
 //
 // decode: for each sequence of 1 to decode_rows query rows, one item a chunk of its context,
@@ -35,12 +61,14 @@ inline void leave_short_ones_whole(std::vector<AttnItem>& items, int32_t max_ite
 // with room for one item, of index -1, of each of the others.
 // prefill: tiles of q_tile query rows of the others; the tile that sees the latest position first,
 // ties in the order of sequences and tiles.
+// cuts: see StepInputs.
 inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context_lens,
-                             int32_t num_seqs, const AttnTiling& tiling,
-                             std::vector<AttnItem>& decode, std::vector<AttnItem>& prefill,
+                             int32_t num_seqs, const AttnTiling& tiling, AttnLists& lists,
                              StepInputs& in) {
+  auto& [decode, prefill, cuts] = lists;
   decode.clear();
   prefill.clear();
+  cuts.clear();
   const auto query_len = [&](int32_t s) { return cu_seqlens_q[s + 1] - cu_seqlens_q[s]; };
   int64_t chunks = 0;
   in.max_decode_query_len = in.max_decode_chunks = 0;
@@ -79,6 +107,11 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
   });
   in.num_decode_items = static_cast<int32_t>(decode.size());
   in.num_prefill_items = static_cast<int32_t>(prefill.size());
+  in.num_decode_ranges = 0;
+  if (tiling.decode_ranges > 0 && in.num_whole_items == 0 && !decode.empty()) {
+    in.num_decode_ranges = tiling.decode_ranges;
+    cut_decode_items(decode, context_lens, tiling.decode_ranges, cuts);
+  }
 }
 
 }  // namespace ni

@@ -50,6 +50,7 @@ struct AttnTiling {
   // where the longest has fewer, as many times more. Beyond that the shortest sequences are left
   // whole: one item with the index -1.
   int32_t max_items = 0;
+  int32_t decode_ranges = 0;  // wanted of decode_cuts; 0: none
 
   int32_t most_items(int32_t max_decode_query_len) const {
     if (decode_rows <= 0) return 0;
@@ -62,6 +63,13 @@ struct AttnTiling {
 struct AttnItem {
   int32_t seq;
   int32_t index;
+};
+
+// Where a range of decode work begins that has as many tokens of the cache as any other.
+struct DecodeCut {
+  int32_t item;     // the first of a sequence, in decode_items
+  int32_t context;  // of that sequence
+  uint32_t part;    // of the sequence's work comes before the range, in 2^-32
 };
 
 // Copy-on-write: block `dst` becomes a copy of block `src`, in every layer, before the step's
@@ -87,6 +95,7 @@ struct StepInputs {
   int32_t num_decode_items = 0;
   int32_t num_whole_items = 0;  // those of them that are a whole sequence, index -1
   int32_t num_prefill_items = 0;
+  int32_t num_decode_ranges = 0;
   bool plain_sampling = false;  // no row has top-k, top-p or min-p; false also where nobody looked
 
   // [T]; an id below 0 stands for sampled_ids[-1 - id]: a token of the step before, which the host
@@ -104,6 +113,9 @@ struct StepInputs {
   // the longest contexts first. Null where no tiling was asked for.
   const AttnItem* decode_items = nullptr;   // [num_decode_items]
   const AttnItem* prefill_items = nullptr;  // [num_prefill_items]
+  // Ends of ranges that have equal shares of decode_items' tokens; no ranges where one of the items
+  // is a whole sequence, or nobody asked for them.
+  const DecodeCut* decode_cuts = nullptr;  // [num_decode_ranges + 1]
 
   const int32_t* logits_rows =
       nullptr;  // [L] query row; ascending; a row may come several times (n > 1)

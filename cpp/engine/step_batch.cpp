@@ -6,7 +6,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "core/attn_items.h"
 #include "core/check.h"
 
 namespace ni {
@@ -45,9 +44,11 @@ size_t StepBatch::max_bytes(int max_tokens, int max_seqs, int max_blocks,
   const size_t tables = s * static_cast<size_t>(max_blocks), rows = t + s;
   const size_t words = 2 * t + 2 * t + (s + 1) + s + tables + rows;  // of four bytes
   const size_t items = static_cast<size_t>(tiling.most_items(1)) + max_tiles(t, s, tiling);
-  constexpr size_t kArrays = 14;
+  const size_t cuts = static_cast<size_t>(tiling.decode_ranges) + 1;
+  constexpr size_t kArrays = 15;
   return aligned(sizeof(StepInputs)) + words * 4 + s * sizeof(BlockCopy) +
-         items * sizeof(AttnItem) + rows * sizeof(SamplingRow) + kArrays * 64;
+         items * sizeof(AttnItem) + cuts * sizeof(DecodeCut) + rows * sizeof(SamplingRow) +
+         kArrays * 64;
 }
 
 void StepBatch::reserve(int max_tokens, int max_seqs, int max_blocks) {
@@ -58,9 +59,10 @@ void StepBatch::reserve(int max_tokens, int max_seqs, int max_blocks) {
   context_lens_.reserve(s);
   block_tables_.reserve(s * static_cast<size_t>(max_blocks));
   copies_.reserve(s);
-  decode_items_.reserve(static_cast<size_t>(tiling_.most_items(1)));
+  lists_.decode.reserve(static_cast<size_t>(tiling_.most_items(1)));
+  lists_.prefill.reserve(max_tiles(t, s, tiling_));
+  lists_.cuts.reserve(static_cast<size_t>(tiling_.decode_ranges) + 1);
   for (auto* v : {&logits_rows_, &sample_rows_}) v->reserve(t + s);
-  prefill_items_.reserve(max_tiles(t, s, tiling_));
   sampling_.reserve(t + s);
   rows_.reserve(t + s);
   block_ = allocate_(max_bytes(max_tokens, max_seqs, max_blocks, tiling_));
@@ -106,8 +108,7 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   if (padded_rows > 0) add_padding(padded_rows);
   if (tiling_.kv_chunk > 0)
     build_attn_items(cu_seqlens_q_.data(), context_lens_.data(),
-                     static_cast<int32_t>(context_lens_.size()), tiling_, decode_items_,
-                     prefill_items_, inputs_);
+                     static_cast<int32_t>(context_lens_.size()), tiling_, lists_, inputs_);
   // A captured step's sizes are those of its key.
   if (padded_rows > 0) inputs_.max_decode_query_len = 1;
 
@@ -274,8 +275,9 @@ void StepBatch::pack() {
     visit(biases_, inputs_.token_biases);
     visit(masks_, inputs_.token_masks);
     if (tiling_.kv_chunk == 0) return;
-    visit(decode_items_, inputs_.decode_items);
-    visit(prefill_items_, inputs_.prefill_items);
+    visit(lists_.decode, inputs_.decode_items);
+    visit(lists_.prefill, inputs_.prefill_items);
+    visit(lists_.cuts, inputs_.decode_cuts);
   };
   bytes_ = aligned(sizeof(StepInputs));
   each([&](const auto& v, const auto*&) { bytes_ += aligned(v.size() * sizeof(v[0])); });
@@ -311,6 +313,7 @@ StepInputs StepBatch::inputs_at(const void* base, const int32_t* sampled_ids) {
   move(in.copies);
   move(in.decode_items);
   move(in.prefill_items);
+  move(in.decode_cuts);
   move(in.logits_rows);
   move(in.sampling);
   move(in.token_counts);

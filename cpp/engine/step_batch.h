@@ -9,6 +9,7 @@
 #include <functional>
 #include <vector>
 
+#include "core/attn_items.h"
 #include "core/step_inputs.h"
 #include "core/tensor.h"
 #include "engine/scheduler.h"
@@ -82,7 +83,7 @@ class StepBatch {
   std::vector<TokenBias> biases_;
   std::vector<uint32_t> masks_;
   std::vector<BlockCopy> copies_;
-  std::vector<AttnItem> decode_items_, prefill_items_;
+  AttnLists lists_;
   std::vector<LogitsRow> rows_;
   std::vector<int32_t> count_index_;  // [vocab] scratch of add_counts: 1 + index in counts_, or 0
 

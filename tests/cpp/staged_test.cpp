@@ -103,6 +103,7 @@ TEST(Staged, SeesStrayWritesAndForgottenElements) {
 
 struct Lists {
   std::vector<std::pair<int32_t, int32_t>> decode, prefill;
+  std::vector<DecodeCut> cuts;
   StepInputs in;
 };
 
@@ -110,12 +111,13 @@ Lists lists(const std::vector<int32_t>& query_lens, const std::vector<int32_t>& 
             const AttnTiling& tiling) {
   std::vector<int32_t> starts{0};
   for (const int32_t n : query_lens) starts.push_back(starts.back() + n);
-  std::vector<AttnItem> decode{{9, 9}}, prefill{{9, 9}};
+  AttnLists got{{{9, 9}}, {{9, 9}}, {{9, 9, 9}}};
   Lists out;
   build_attn_items(starts.data(), contexts.data(), static_cast<int32_t>(contexts.size()), tiling,
-                   decode, prefill, out.in);
-  for (const AttnItem& i : decode) out.decode.emplace_back(i.seq, i.index);
-  for (const AttnItem& i : prefill) out.prefill.emplace_back(i.seq, i.index);
+                   got, out.in);
+  out.cuts = got.cuts;
+  for (const AttnItem& i : got.decode) out.decode.emplace_back(i.seq, i.index);
+  for (const AttnItem& i : got.prefill) out.prefill.emplace_back(i.seq, i.index);
   return out;
 }
 
@@ -178,6 +180,40 @@ TEST(AttnItems, CountsGoWithTheLists) {
   expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 4}), 4, 1, 5);
   expect(lists({1, 4, 9}, {1100, 600, 40}, {256, 64, 4, 2}), 4, 2, 5);
   expect(lists({9}, {40}, {256, 64, 4, 2}), 0, 0, 0);
+}
+
+// Ranges of equal numbers of tokens begin where the tokens before them say, in any sequence.
+TEST(AttnItems, CutsHaveEqualShares) {
+  AttnTiling tiling{256, 64, 4, 100};
+  tiling.decode_ranges = 7;
+  const std::vector<int32_t> contexts{300, 1, 0, 1100, 90, 256};  // the fifth is a prefill
+  const Lists l = lists({1, 2, 1, 4, 60, 1}, contexts, tiling);
+  ASSERT_EQ(l.in.num_decode_ranges, 7);
+  ASSERT_EQ(l.cuts.size(), 8u);
+  const int32_t total = 300 + 1 + 1100 + 256;
+  for (size_t i = 0; i < 7; ++i) {
+    const DecodeCut& cut = l.cuts[i];
+    const auto [seq, chunk] = l.decode.at(static_cast<size_t>(cut.item));
+    EXPECT_EQ(chunk, 0);
+    EXPECT_EQ(cut.context, contexts[static_cast<size_t>(seq)]);
+    double before = cut.part / 4294967296.0 * cut.context;
+    for (const auto& [s, c] : l.decode)
+      if (s < seq && c == 0) before += contexts[static_cast<size_t>(s)];
+    EXPECT_NEAR(before, total * static_cast<double>(i) / 7, 1e-3) << i;
+  }
+  EXPECT_EQ(l.cuts[7].item, static_cast<int32_t>(l.decode.size()));
+  EXPECT_EQ(l.cuts[7].part, 0u);
+}
+
+TEST(AttnItems, NoCutsOfWholeSequencesOfNoneOrUnasked) {
+  AttnTiling tiling{256, 64, 1, 2};
+  EXPECT_EQ(lists({1}, {300}, tiling).in.num_decode_ranges, 0);
+  tiling.decode_ranges = 7;
+  EXPECT_EQ(lists({1}, {300}, tiling).in.num_decode_ranges, 7);
+  for (const Lists& l : {lists({1, 1}, {300, 300}, tiling), lists({70}, {70}, tiling)}) {
+    EXPECT_EQ(l.in.num_decode_ranges, 0);
+    EXPECT_TRUE(l.cuts.empty());
+  }
 }
 
 TEST(AttnItems, PaddingRowsGetNone) {

@@ -164,6 +164,14 @@ class Scene {
     in.max_decode_query_len = in.max_query_len;
     in.num_whole_items = static_cast<int32_t>(std::count_if(
         items.begin(), items.end(), [](const AttnItem& item) { return item.index < 0; }));
+    std::vector<DecodeCut> cuts;
+    const int32_t ranges = cuda::decode_ranges(this_card());
+    if (is_decode(path) && in.num_whole_items == 0 && ranges > 0 && draw() % 4 != 0) {
+      in.num_decode_ranges = ranges;
+      cut_decode_items(items, contexts.data(), ranges, cuts);
+    }
+    const DeviceArray<DecodeCut> d_cuts(cuts);
+    in.decode_cuts = d_cuts.data();
     const DeviceArray<StepInputs> d_in(std::vector<StepInputs>{in});
     DeviceMatrix d_q(in.num_tokens, q_stride, shape_.dtype);
     d_q.fill(q);
@@ -240,13 +248,15 @@ class Scene {
         tables.push_back(b <= block && !is_padding ? seq.table[static_cast<size_t>(b)] : 0);
     }
     StepInputs in;
-    std::vector<AttnItem> items, none;
+    AttnLists lists;
     build_attn_items(starts.data(), contexts.data(), n,
-                     {cuda::kKvChunk, 1, cuda::kDecodeRows, 4096}, items, none, in);
+                     {cuda::kKvChunk, 1, cuda::kDecodeRows, 4096, cuda::decode_ranges(this_card())},
+                     lists, in);
     const DeviceArray<int32_t> d_starts(starts), d_contexts(contexts), d_positions(positions),
         d_tables(tables);
     const DeviceArray<int64_t> d_slots(slots);
-    const DeviceArray<AttnItem> d_items(items);
+    const DeviceArray<AttnItem> d_items(lists.decode);
+    const DeviceArray<DecodeCut> d_cuts(lists.cuts);
     in.num_tokens = in.num_seqs = n;
     in.block_table_stride = max_blocks_;
     in.cu_seqlens_q = d_starts.data();
@@ -255,6 +265,7 @@ class Scene {
     in.positions = d_positions.data();
     in.slot_mapping = d_slots.data();
     in.decode_items = d_items.data();
+    in.decode_cuts = d_cuts.data();
     const DeviceArray<StepInputs> d_in(std::vector<StepInputs>{in});
     const std::vector<float> qkv = normal_floats(static_cast<size_t>(n * stride), draw());
     const size_t bytes = k_->bytes();

@@ -187,6 +187,9 @@ T __ldcg(const T* p) {
   return *p;
 }
 
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
+}
 inline int __clz(int v) {
   return std::countl_zero(static_cast<unsigned>(v));
 }
