@@ -22,9 +22,14 @@ constexpr uint32_t kAlignment = 16;  // bytes, of the rows of x, W and out
 constexpr int kMaxCandidates = 8;
 constexpr int64_t kSmallWeight = 1 << 21;  // elements
 constexpr int64_t kSkinnyRows = 64;        // up to so many, our own kernel is a candidate
+constexpr int64_t kSkinnyRowsSm90 = 256;   // Hopper's
 // Numbers of rows for which a plan is chosen; others take the plan of the next larger one.
-constexpr int64_t kBuckets[] = {1,   2,   4,   8,   16,   32,   48,   64,   96,   128,
-                                192, 256, 384, 512, 1024, 2048, 4096, 8192, 16384};
+constexpr int64_t kBuckets[] = {1,   2,   4,   8,   16,  32,   48,   64,   96,   128,  160,
+                                192, 224, 256, 384, 512, 1024, 2048, 4096, 8192, 16384};
+// For so many rows the candidates of others are tried, too: what cuBLASLt suggests for one number
+// is at times much slower than what it does for another.
+constexpr int64_t kOtherRows[] = {32, 64, 128, 192, 256};
+constexpr int64_t kFewRows = 32, kMostWithOthers = 256;
 
 void check_cublas(cublasStatus_t status, const char* what) {
   check_runtime(status == CUBLAS_STATUS_SUCCESS, what, ": ", cublasLtGetStatusString(status));
@@ -61,6 +66,10 @@ struct Key {
 struct Plan {
   bool skinny = true;
   cublasLtMatmulAlgo_t algo{};
+  // So many are computed, where there is room for them (LinearArgs::spare_rows); 0: those that
+  // there are. A tile that ends beyond the last row takes longer than a full one: the copy engine
+  // is slow at filling in zeros.
+  int64_t rows = 0;
   float microseconds = 0;  // 0: not timed
 };
 
@@ -260,12 +269,36 @@ struct Linear::Impl {
     return out_algos;
   }
 
+  // What is suggested for the rows of x and for others, to be run on as many or on those of x: on
+  // no more than max_rows, and on none but these where `pads` is false. x is not read.
+  std::vector<Plan> suggestions(const Tensor& x, const LinearWeight& w, const Key& key,
+                                const Tensor& out, bool pads, int64_t max_rows) {
+    std::vector<Plan> all;
+    const int64_t own = pads ? x.rows() : 0;
+    const auto add = [&](const cublasLtMatmulAlgo_t& algo, int64_t rows) {
+      const bool is_known = std::any_of(all.begin(), all.end(), [&](const Plan& p) {
+        return p.rows == rows && std::memcmp(&p.algo, &algo, sizeof(algo)) == 0;
+      });
+      if (!is_known) all.push_back({false, algo, rows});
+    };
+    for (const cublasLtMatmulAlgo_t& algo : candidates(x, w, key, out)) add(algo, own);
+    if (x.rows() <= kFewRows || x.rows() > kMostWithOthers) return all;
+    for (const int64_t rows : kOtherRows)
+      for (const cublasLtMatmulAlgo_t& algo : candidates(x.rows(rows), w, key, out.rows(rows))) {
+        if (pads && rows > x.rows() && rows <= max_rows) add(algo, rows);
+        if (runs({false, algo}, x, w, key, out)) add(algo, own);
+      }
+    return all;
+  }
+
+  int64_t skinny_rows() const { return card.arch == 90 ? kSkinnyRowsSm90 : kSkinnyRows; }
+
   // A plan without timing, for what prepare() did not see. Not every kernel of cuBLASLt that splits
   // nothing gives the canonical bits (K = 135 has been seen to differ), and nothing is compared
   // here.
   Plan plan_untimed(const Tensor& x, const LinearWeight& w, const Key& key, const Tensor& out) {
     Plan plan;
-    if (options.batch_invariant || x.rows() <= kSkinnyRows) return plan;
+    if (options.batch_invariant || x.rows() <= skinny_rows()) return plan;
     const auto algos = candidates(x, w, key, out);
     if (!algos.empty()) {
       plan.skinny = false;
@@ -274,19 +307,22 @@ struct Linear::Impl {
     return plan;
   }
 
-  bool is_valid(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
-                const Tensor& out) {
+  // Whether cuBLASLt runs the plan, with what workspace there is.
+  bool runs(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
+            const Tensor& out) const {
     if (plan.skinny) return true;
+    Problem problem = describe(x, w, key, out);
+    cublasLtMatmulHeuristicResult_t result{};
+    return cublasLtMatmulAlgoCheck(handle, &problem.matmul, &problem.w, &problem.x, &problem.out,
+                                   &problem.out, &plan.algo, &result) == CUBLAS_STATUS_SUCCESS &&
+           result.workspaceSize <= kWorkspaceBytes;
+  }
+  // The same of the plan that was chosen, remembered.
+  bool is_valid(const Plan& chosen, const Tensor& x, const LinearWeight& w, const Key& key,
+                const Tensor& out) {
     const auto [it, fresh] =
         valid.try_emplace({key, x.rows(), x.row_stride, out.row_stride}, false);
-    if (fresh) {
-      Problem problem = describe(x, w, key, out);
-      cublasLtMatmulHeuristicResult_t result{};
-      it->second =
-          cublasLtMatmulAlgoCheck(handle, &problem.matmul, &problem.w, &problem.x, &problem.out,
-                                  &problem.out, &plan.algo, &result) == CUBLAS_STATUS_SUCCESS &&
-          result.workspaceSize <= kWorkspaceBytes;
-    }
+    if (fresh) it->second = runs(chosen, x, w, key, out);
     return it->second;
   }
 
@@ -317,11 +353,13 @@ struct Linear::Impl {
   float time(const Plan& plan, const Tensor& x, const std::vector<const LinearWeight*>& weights,
              const Key& key, const Tensor& out, float best) {
     constexpr float kShort = 0.05f;
+    const int64_t count = std::max(plan.rows, x.rows());
     ++num_timed;
     const auto run = [&](int repeats) {
       for (int i = 0; i < repeats; ++i) {
         const LinearWeight& w = *weights[static_cast<size_t>(i) % weights.size()];
-        if (multiply(plan, x, w, key, out, stream) != CUBLAS_STATUS_SUCCESS) return false;
+        if (multiply(plan, x.rows(count), w, key, out.rows(count), stream) != CUBLAS_STATUS_SUCCESS)
+          return false;
       }
       return true;
     };
@@ -372,9 +410,10 @@ struct Linear::Impl {
     if (plan.skinny) return true;
     check_cuda(cudaMemsetAsync(differences(), 0, sizeof(int), stream), "comparing plans");
     const int64_t least = least_rows(key.bucket);
-    for (const int64_t rows : {key.bucket, (least + key.bucket) / 2, least}) {
+    for (int64_t rows : {key.bucket, (least + key.bucket) / 2, least}) {
+      rows = std::max(rows, plan.rows);
       const Tensor these = x.rows(rows), result = out.rows(rows);
-      if (!is_valid(plan, these, w, key, result)) continue;  // run() would not take it
+      if (!runs(plan, these, w, key, result)) continue;  // run() would not take it
       if (multiply(plan, these, w, key, result, stream) != CUBLAS_STATUS_SUCCESS) return false;
       const int64_t count = std::min<int64_t>(rows, 16);
       for (const int64_t first : {int64_t{0}, rows / 3, rows - rows / 3 - count, rows - count}) {
@@ -390,12 +429,15 @@ struct Linear::Impl {
     return found == 0;
   }
 
+  // x and out have room for max_rows.
   Plan choose(const Tensor& x, const std::vector<const LinearWeight*>& weights, const Key& key,
-              const Tensor& out, const Tensor& other) {
+              const Tensor& out, const Tensor& other, int64_t max_rows) {
     std::vector<Plan> all;
-    if (x.rows() <= kSkinnyRows) all.push_back({});
-    for (const cublasLtMatmulAlgo_t& algo : candidates(x, *weights[0], key, out))
-      all.push_back({false, algo, 0});
+    if (x.rows() <= skinny_rows()) all.push_back({});
+    const bool pads = !key.f32_out && x.rows() > kSkinnyRows && x.rows() <= kMostWithOthers &&
+                      x.rows() <= max_rows;
+    for (const Plan& plan : suggestions(x, *weights[0], key, out, pads, max_rows))
+      all.push_back(plan);
     float best = 0;
     for (Plan& plan : all) {
       plan.microseconds = 1000 * time(plan, x, weights, key, out, best / 1000);
@@ -403,9 +445,9 @@ struct Linear::Impl {
         best = plan.microseconds;
     }
     std::erase_if(all, [](const Plan& p) { return p.microseconds <= 0; });
-    // Our own kernel starts while the one before ends, and lets the next one do so; behind lm_head
-    // comes little.
-    const float overlap_us = key.f32_out ? 0.0f : 2.5f;
+    // Our own kernel starts while the one before ends, and lets the next one do so, above all where
+    // it leaves room; behind lm_head comes little.
+    const float overlap_us = key.f32_out ? 0.0f : key.bucket <= kSkinnyRows ? 2.5f : 1.0f;
     const auto cost = [&](const Plan& p) { return p.microseconds - (p.skinny ? overlap_us : 0); };
     std::sort(all.begin(), all.end(),
               [&](const Plan& a, const Plan& b) { return cost(a) < cost(b); });
@@ -427,13 +469,13 @@ struct Linear::Impl {
     std::replace(name.begin(), name.end(), ' ', '_');
     return concat(name, "/", p.multiProcessorCount, "/driver", driver, "/cublaslt",
                   cublasLtGetVersion(), "/", dtype_name(options.dtype),
-                  options.batch_invariant ? "/invariant" : "/fastest", "/format5");
+                  options.batch_invariant ? "/invariant" : "/fastest", "/format7");
   }
   static std::string text_of(const Key& k) {
     return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);
   }
 
-  // Lines "machine n k bucket f32_out bias accumulate skinny microseconds algo"; whatever does not
+  // Lines "machine n k bucket f32_out bias accumulate skinny rows microseconds algo"; what does not
   // read well is skipped.
   std::map<Key, Plan> read_cache(const std::string& mine) const {
     std::map<Key, Plan> found;
@@ -445,7 +487,7 @@ struct Linear::Impl {
       Key k{};
       Plan plan;
       if (!(in >> whose >> k.n >> k.k >> k.bucket >> k.f32_out >> k.bias >> k.accumulate >>
-            plan.skinny >> plan.microseconds >> algo) ||
+            plan.skinny >> plan.rows >> plan.microseconds >> algo) ||
           whose != mine)
         continue;
       if (plan.skinny || from_hex(algo, plan.algo)) found[k] = plan;
@@ -470,7 +512,7 @@ struct Linear::Impl {
     for (const auto& [key, plan] : plans) {
       if (plan.microseconds <= 0) continue;  // nothing could be timed: next time, perhaps
       const std::string id = mine + " " + text_of(key) + " ";
-      lines[id] = concat(id, plan.skinny, " ", plan.microseconds, " ",
+      lines[id] = concat(id, plan.skinny, " ", plan.rows, " ", plan.microseconds, " ",
                          plan.skinny ? "-" : to_hex(plan.algo));
     }
     const std::string temporary = concat(path.string(), ".", std::random_device{}());
@@ -572,7 +614,7 @@ void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int6
     };
     plans[key] = choose(matrix(x_memory.data, options.dtype, key.k, weight_stride(key.k)), same,
                         key, matrix(out_memory.data, out_type, key.n, out_stride),
-                        matrix(other_memory.data, out_type, key.n, out_stride));
+                        matrix(other_memory.data, out_type, key.n, out_stride), max_rows);
   });
   check_cuda(cudaStreamSynchronize(stream), "timing plans");
   write_cache(mine);
@@ -622,8 +664,13 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
   }
   auto it = impl.plans.find(key);
   if (it == impl.plans.end()) it = impl.plans.emplace(key, impl.plan_untimed(x, w, key, out)).first;
-  const Plan& plan = impl.is_valid(it->second, x, w, key, out) ? it->second : Plan{};
-  check_cublas(impl.multiply(plan, x, w, key, out, stream, settled), "cublasLtMatmul");
+  const Plan& plan = it->second;
+  const bool has_room = plan.rows <= x.rows() + a.spare_rows;
+  const int64_t rows = has_room ? std::max(plan.rows, x.rows()) : x.rows();
+  const Tensor from = x.rows(rows), to = out.rows(rows);
+  check_cublas(impl.multiply(impl.is_valid(plan, from, w, key, to) ? plan : Plan{}, from, w, key,
+                             to, stream, settled),
+               "cublasLtMatmul");
 }
 
 int Linear::num_timed() const {

@@ -63,7 +63,7 @@ inline constexpr SkinnyPlan plan_skinny(int64_t m, int64_t n, int num_sms, int m
 // them, of the gate and of the other half). A stage of the ring is `atoms` times 64 columns (128
 // bytes) of the tile's rows and of x; or x stands in shared memory as a whole, with a norm always.
 struct SkinnySm90Plan {
-  int rows = 0;   // of x: 8, 16, 32 or 64
+  int rows = 0;   // of x, in a row block
   int tile = 0;   // strips of a CTA
   int atoms = 0;  // of a stage
   int stages = 0;
@@ -72,6 +72,7 @@ struct SkinnySm90Plan {
   bool whole = false;      // x stands in shared memory as a whole
   int whole_bytes = 0;     // of that
   int x_bytes = 0;         // and of its norm's weights and sums, which follow
+  int out_bytes = 0;       // where many rows' sums become results
   int smem = 0;            // bytes of dynamic shared memory
   bool holds_all = false;  // the ring, of the weights
   int stage_bytes = 0;
@@ -82,10 +83,13 @@ struct SkinnySm90Plan {
   // A stage is given back when the next one's products have been begun.
   static constexpr int kMinStages = 3;
   static constexpr int kStripRows = 8;
-  // So many that a stage has work enough for the tensor core to do while the next is begun.
-  static constexpr int stage_atoms(int tile) { return tile > 8 ? 2 : 4; }
+  // So many that a stage has work enough for the tensor core to do while the next is begun, and no
+  // more: what is in flight is the ring without the stages at work.
+  static constexpr int stage_atoms(int rows, int tile) {
+    return rows > 64 ? 1 : rows > 16 || tile > 8 ? 2 : 4;
+  }
   // With more than 16 rows.
-  static constexpr int kWideTiles[] = {2, 4, 6, 8, 14, 16};
+  static constexpr int kWideTiles[] = {2, 4, 6, 8, 12, 14, 16};
   static constexpr bool is_wide(int tile) {
     for (const int one : kWideTiles)
       if (one == tile) return true;
@@ -99,10 +103,12 @@ inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing
 
 // With more rows than this, normalising them in every CTA takes longer than a kernel of its own.
 inline constexpr int64_t kSkinnyMaxNormRows = 16;
-// Whether a gated activation is worth more than what cuBLASLt would be faster: with more than 32
-// rows it is with large weights.
-inline constexpr bool gains_by_gate(int64_t rows, int64_t weight_elements) {
-  return rows <= 32 || (rows <= 64 && weight_elements <= int64_t{1} << 26);
+// With more than this, cuBLASLt and an activation of its own are as fast as a gate in the product.
+inline constexpr int64_t kSkinnyMaxGateRows = 64;
+
+// Rows of x that the kernel for so many computes with.
+inline constexpr int skinny_sm90_rows(int rows) {
+  return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 64 ? 64 : 128;
 }
 
 inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, bool gated,
@@ -112,37 +118,50 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   SkinnySm90Plan best;
   double best_cost = 1e300;
   int best_rounds = 1;
-  best.rows = skinny_rows(m);
   const int64_t strips = (n + kStripRows - 1) / kStripRows;
-  for (int tile = kMaxTile; tile >= 1; --tile) {
-    if ((gated && tile % 2 != 0) || (m > 16 && !SkinnySm90Plan::is_wide(tile))) continue;
-    const int64_t tiles = (strips + tile - 1) / tile;
-    const auto rounds = static_cast<int>((tiles + num_sms - 1) / num_sms);
-    // Of the busiest multiprocessor: rows of weights, of x (from the L2 cache, read once a round),
-    // and what a round costs to begin.
-    const double x_rows = norm ? 0 : 0.5 * static_cast<double>(std::min<int64_t>(m, best.rows));
-    const double cost = rounds * (kStripRows * tile + x_rows + 2);
-    if (cost < best_cost * 0.99) {
-      best_cost = cost;
-      best_rounds = rounds;
-      best.tile = tile;
-      // Those too many keep the next kernel's from their places: it shall have one on each.
-      best.ctas = 2 * tiles > num_sms ? num_sms : static_cast<int>(tiles);
+  // Row blocks, of at most 64 or 128 rows, share the multiprocessors.
+  for (int64_t most = 64; most <= (m > 64 ? 128 : 64); most *= 2) {
+    const int64_t blocks = (m + most - 1) / most, rows = (m + blocks - 1) / blocks;
+    const int64_t sms = std::max<int64_t>(1, num_sms / blocks);
+    const int64_t waves = (blocks + num_sms - 1) / num_sms;
+    for (int tile = kMaxTile; tile >= 1; --tile) {
+      if ((gated && tile % 2 != 0) || (m > 16 && !SkinnySm90Plan::is_wide(tile))) continue;
+      const int64_t tiles = (strips + tile - 1) / tile;
+      const auto rounds = static_cast<int>((tiles + sms - 1) / sms);
+      // Of the busiest multiprocessor: rows of weights, of x (from the L2 cache, read once a round;
+      // with several row blocks the weights come from there, too), and what a round costs to begin.
+      const auto x_rows = static_cast<double>(rows);
+      const double x_cost = norm ? 0 : blocks > 1 || rows > 64 ? x_rows : 0.5 * x_rows;
+      const double cost = static_cast<double>(waves * rounds) * (kStripRows * tile + x_cost + 2);
+      if (cost < best_cost * 0.99) {
+        best_cost = cost;
+        best_rounds = rounds;
+        best.rows = static_cast<int>(rows);
+        best.tile = tile;
+        // Those too many keep the next kernel's from their places: it shall have one on each.
+        best.ctas =
+            static_cast<int>(2 * tiles > num_sms && blocks == 1 ? num_sms : std::min(tiles, sms));
+      }
     }
   }
   best.whole = norm || (m <= 16 && 2 * m * k <= kSkinnyWholeBytes);
-  const int atom_bytes = best.tile * kStripRows * 128 + (best.whole ? 0 : best.rows * 128);
-  best.atoms = SkinnySm90Plan::stage_atoms(best.tile);
-  best.stage_bytes = best.atoms * atom_bytes;
+  best.atoms = SkinnySm90Plan::stage_atoms(best.rows, best.tile);
+  const auto aligned = [](int bytes) {
+    return (bytes + kSkinnyAlign - 1) / kSkinnyAlign * kSkinnyAlign;
+  };
+  best.stage_bytes = best.atoms * best.tile * kStripRows * 128 +
+                     aligned(best.whole ? 0 : best.atoms * best.rows * 128);
   const int64_t columns = (k + 64 * best.atoms - 1) / (64 * best.atoms) * (64 * best.atoms);
   if (best.whole) {  // then the norm's fp32 weights and the sums of 16 warps a row
     best.whole_bytes = static_cast<int>(m * columns * 2);
     best.x_bytes = best.whole_bytes + static_cast<int>(norm ? k * 4 + m * 64 : 0);
   }
   // The tensor core reads 64 rows of W and 8 of x, or 64 of x, where there are fewer.
-  const int over =
-      m > 16 ? (64 - best.rows) * 128 : (8 - best.tile % 8) % 8 * kStripRows * 128 + 1024;
-  const int fixed = best.x_bytes + 8 * (2 * kSkinnySm90MaxStages + 1) + kSkinnyAlign + over;
+  const int over = m > 16 ? (skinny_sm90_rows(best.rows) - best.rows) * 128
+                          : (8 - best.tile % 8) % 8 * kStripRows * 128 + 1024;
+  best.out_bytes = m > 16 ? skinny_sm90_rows(best.rows) * (best.tile + 1) * kStripRows * 2 : 0;
+  const int fixed =
+      best.x_bytes + best.out_bytes + 8 * (2 * kSkinnySm90MaxStages + 1) + kSkinnyAlign + over;
   // A CTA whose ring takes all its weights and one of the next kernel's shall fit one
   // multiprocessor, so that the rings fill while other kernels compute. Two CTAs of one kernel
   // shall not stand on one: the hardware would put two where the kernel before makes room first and

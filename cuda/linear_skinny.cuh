@@ -27,15 +27,18 @@ __device__ __forceinline__ float load_linear(const SkinnyArgs& a, int64_t at) {
   return a.accumulate ? as_float(static_cast<const T*>(a.out)[at]) : 0;
 }
 template <typename T>
+__device__ __forceinline__ T linear_result(const SkinnyArgs& a, float v, float before) {
+  const T rounded = round_linear<T>(v);
+  return a.accumulate ? from_float<T>(__fadd_rn(before, as_float(rounded))) : rounded;
+}
+template <typename T>
 __device__ __forceinline__ void store_linear(const SkinnyArgs& a, int64_t at, float v,
                                              float before) {
   if (a.out_dtype == DType::f32) {
     static_cast<float*>(a.out)[at] = v;
-    return;
+  } else {
+    static_cast<T*>(a.out)[at] = linear_result<T>(a, v, before);
   }
-  T rounded = round_linear<T>(v);
-  if (a.accumulate) rounded = from_float<T>(__fadd_rn(before, as_float(rounded)));
-  static_cast<T*>(a.out)[at] = rounded;
 }
 
 }  // namespace ni::cuda

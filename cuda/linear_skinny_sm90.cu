@@ -31,7 +31,8 @@ namespace {
 
 constexpr int kAtom = 64;  // columns of a box, 128 bytes
 constexpr int kStripRows = SkinnySm90Plan::kStripRows;
-constexpr int kComputeWarps = 4;
+template <int kRows>
+constexpr int kComputeWarps = kRows > 64 ? 8 : 4;
 constexpr int kNormWarps = 8;
 
 struct Params {
@@ -39,6 +40,7 @@ struct Params {
   SkinnySm90Plan plan;
   int n, k;                   // of the result (half of W's rows if gated), and of the sum
   int num_tiles, num_stages;  // stages of a tile
+  bool vectors;               // out has rows of 16-byte vectors
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty and never launched
@@ -46,15 +48,17 @@ struct Params {
 constexpr int kStripBytes = kStripRows * 128;  // of an atom
 constexpr int kBlockBytes = 64 * 128;          // of W as A operand
 
-// Shared memory: the ring, x as a whole (or nothing) with the norm's weights and sums, barriers.
+// Shared memory: the ring, x as a whole (or nothing) with the norm's weights and sums, results,
+// barriers.
 struct Memory {
-  uint32_t base, x, barriers;
+  uint32_t base, x, out, barriers;
   int stage_bytes, stages;
 
   __device__ Memory(uint32_t begin, const SkinnySm90Plan& plan)
       : base((begin + kSkinnyAlign - 1) / kSkinnyAlign * kSkinnyAlign),
         x(base + plan.stages * plan.stage_bytes),
-        barriers(x + plan.x_bytes),
+        out(x + plan.x_bytes),
+        barriers(out + plan.out_bytes),
         stage_bytes(plan.stage_bytes),
         stages(plan.stages) {}
   __device__ __forceinline__ uint32_t stage(int i) const { return base + i * stage_bytes; }
@@ -77,6 +81,12 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
                : "memory");
 }
 
+// Of x, in this row block. The last block has as many rows as the others, some of the one before
+// it: to fill a box with zeros takes the copy engine longer than to bring rows.
+__device__ __forceinline__ int first_row(const Params& p) {
+  return min(static_cast<int>(blockIdx.y) * p.plan.rows, static_cast<int>(p.a.rows) - p.plan.rows);
+}
+
 // -- The warp that copies -------------------------------------------------------------------------
 
 // Where a stage lies in the CTA's tiles. (No divisions: they take longer than a copy.)
@@ -92,10 +102,8 @@ struct Source {
 __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
                                      const CUtensorMap* w_map, const CUtensorMap* x_map) {
   const SkinnySm90Plan& plan = p.plan;
-  // Of x no more rows are copied than there are: filling in zeros takes its time, too.
-  const int rows = min(plan.rows, static_cast<int>(p.a.rows));
   const int w_bytes = plan.atoms * plan.tile * kStripBytes;
-  const int bytes = w_bytes + (plan.whole ? 0 : plan.atoms * rows * 128);
+  const int bytes = w_bytes + (plan.whole ? 0 : plan.atoms * plan.rows * 128);
 
   // Weights, which nobody reads again in this step, do not push out what all layers share.
   const uint64_t once = evict_first();
@@ -111,9 +119,8 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
     }
   };
   const auto copy_x = [&](const Source& from, int stage) {
-    for (int i = 0; i < plan.atoms; ++i)
-      copy_box(memory.stage(stage) + w_bytes + i * plan.rows * 128, x_map,
-               (from.stage * plan.atoms + i) * kAtom, blockIdx.y * plan.rows, memory.full(stage));
+    copy_box(memory.stage(stage) + w_bytes, x_map, 0, first_row(p), from.stage * plan.atoms,
+             memory.full(stage));
   };
 
   prefetch_map(x_map);
@@ -240,43 +247,39 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
 }
 
 // A tile's products. Few rows of x are the B operand, and W, in blocks of eight strips, is A. Many
-// (kRows = 64) are A and kShape strips of W are B: 16 outputs with 64 rows take 20 cycles so, and
-// 33 the other way.
+// (kRows = 64, or 128 for two groups of four warps) are A and kShape strips of W are B: 16 outputs
+// with 64 rows take 20 cycles so, and 33 the other way.
 template <typename T, int kRows, int kShape>
 struct Tile {
-  static constexpr bool kWide = kRows == 64;
+  static constexpr bool kWide = kRows >= 64;
   static constexpr int kBlocks = kWide ? 1 : kShape, kTiles = kWide ? kShape : kRows / 8;
-  static constexpr int kAtoms = SkinnySm90Plan::stage_atoms(kWide ? kTiles : 8 * kBlocks);
+  static constexpr int kAtoms = SkinnySm90Plan::stage_atoms(kRows, kWide ? kTiles : 8 * kBlocks);
 
   const Params& p;
   const Memory& memory;
-  Place place;                              // of the present stage
-  static constexpr bool kFetches = !kWide;  // registers are enough
+  Place place;  // of the present stage
   float acc[kBlocks][kTiles][4];
-  uint32_t before[kBlocks][kFetches ? kTiles : 1][4] = {};  // bits of T
-  int warp, rows;                                           // rows of x that exist
+  uint32_t before[kBlocks][kWide ? 1 : kTiles][4] = {};  // bits of T; few, so registers are enough
+  int warp;
 
   __device__ Tile(const Params& params, const Memory& m, int my_warp)
-      : p(params), memory(m), warp(my_warp) {
-    rows = uniform(
-        min(p.plan.rows, static_cast<int>(p.a.rows) - static_cast<int>(blockIdx.y) * p.plan.rows));
-  }
+      : p(params), memory(m), warp(my_warp) {}
 
   // The tile's sums. While the tensor core is at one stage, the next one's products are put behind.
   // A stage is given back when all of it has been multiplied.
   __device__ __forceinline__ void run(int tile, int lane) {
     const SkinnySm90Plan& plan = p.plan;
-    const bool whole = plan.whole;
+    const bool whole = !kWide && plan.whole;
     // In units of 16 bytes, as the tensor core takes addresses; uniform, so that they lie where it
     // takes them from.
-    const uint32_t w_pitch = plan.tile * (kStripBytes / 16),
-                   x_pitch = 8 * (whole ? rows : plan.rows);
+    const uint32_t w_pitch = plan.tile * (kStripBytes / 16), x_pitch = 8 * plan.rows;
     const uint32_t begin = uniform(memory.base / 16), step = plan.stage_bytes / 16;
     uint32_t w = begin + uniform(place.stage) * step, x = uniform(memory.x / 16);
+    const uint32_t my_rows = kRows > 64 ? uniform(warp / 4) * (64 * 128 / 16) : 0;
     int left = plan.stages - uniform(place.stage);  // in the ring
     if (whole && p.a.norm.weight == nullptr) wait(memory.x_full(), 0);
     wait(memory.full(place.stage), place.phase);
-    if constexpr (kFetches) fetch(tile, lane);  // x is there, so the copying warp has waited
+    if constexpr (!kWide) fetch(tile, lane);  // x is there, so the copying warp has waited
     uint32_t before_this = 0;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
@@ -292,7 +295,7 @@ struct Tile {
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) {
             const uint32_t from_w = w + atom * w_pitch + b * (kBlockBytes / 16) + 2 * i;
-            const uint32_t from_x = x + atom * x_pitch + 2 * i;
+            const uint32_t from_x = x + atom * x_pitch + 2 * i + my_rows;
             wgmma_shared<T>(acc[b], kWide ? from_x : from_w, kWide ? from_w : from_x,
                             i > 0 || atom > 0 || stage > 0);
           }
@@ -316,31 +319,34 @@ struct Tile {
     for (int b = 0; b < kBlocks; ++b) pin(before[b]);
   }
 
-  // Where acc[b][t][i] lies: row of x; strip of the tile, and row of that.
-  __device__ __forceinline__ int row_of(int t, int i, int lane) const {
-    return kWide ? 16 * warp + i / 2 * 8 + lane / 4 : 8 * t + lane % 4 * 2 + i % 2;
+  // Rows and columns of `out` that exist. Rows of x that the row block before has, too, are that
+  // one's.
+  __device__ __forceinline__ bool is_mine(int row, int col) const {
+    const int from = kWide ? static_cast<int>(blockIdx.y) * p.plan.rows - first_row(p) : 0;
+    return row >= from && row < p.plan.rows && col < p.n;
   }
-  __device__ __forceinline__ int strip_of(int b, int t, int i) const {
-    return kWide ? t : 8 * b + 2 * warp + i / 2;
+  __device__ __forceinline__ int64_t place_of(int row, int col) const {
+    return (int64_t{kWide ? first_row(p) : 0} + row) * p.a.out_stride + col;
   }
-  static __device__ __forceinline__ int row_of_strip(int i, int lane) {
-    return kWide ? lane % 4 * 2 + i % 2 : lane / 4;
+  __device__ __forceinline__ T gated(T gate, T other) const {
+    return from_float<T>(activate(p.a.act, as_float(gate)) * as_float(other));
   }
 
+  // -- The sums become results: few rows of x, at once --
+
   // Calls f(b, t, i, column, elements from `out`) for what this lane stores, if not gated.
+  // acc[b][t][i] is of row 8 t + lane % 4 * 2 + i % 2 of x.
   template <typename F>
   __device__ __forceinline__ void for_each(int tile, int lane, const F& f) const {
-    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * p.plan.rows;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = row_of(t, i, lane), strip = strip_of(b, t, i);
-          const int col = kStripRows * (tile * p.plan.tile + strip) + row_of_strip(i, lane);
-          if (row < rows && strip < p.plan.tile && col < p.n)
-            f(b, t, i, col, (first_row + row) * p.a.out_stride + col);
+          const int row = 8 * t + lane % 4 * 2 + i % 2, strip = 8 * b + 2 * warp + i / 2;
+          const int col = kStripRows * (tile * p.plan.tile + strip) + lane / 4;
+          if (strip < p.plan.tile && is_mine(row, col)) f(b, t, i, col, place_of(row, col));
         }
   }
   // What the sums are added to comes while they are made.
@@ -350,53 +356,156 @@ struct Tile {
         before[b][t][i] = static_cast<const uint16_t*>(p.a.out)[at];
       });
   }
-
-  __device__ __forceinline__ void store(int tile, int lane) const {
+  __device__ __forceinline__ void store_narrow(int tile, int lane) const {
     if (!p.a.gated) {
       for_each(tile, lane, [&](int b, int t, int i, int col, int64_t at) {
-        const auto bits = static_cast<uint16_t>(before[b][kFetches ? t : 0][i]);
-        const float old =
-            kFetches ? as_float(reinterpret_cast<const T&>(bits)) : load_linear<T>(p.a, at);
-        store_linear<T>(p.a, at, with_bias<T>(p.a, acc[b][t][i], col), old);
+        const auto bits = static_cast<uint16_t>(before[b][t][i]);
+        store_linear<T>(p.a, at, with_bias<T>(p.a, acc[b][t][i], col),
+                        as_float(reinterpret_cast<const T&>(bits)));
       });
       return;
     }
     // The gate's strip stands before the other half's.
-    constexpr int kNextTile = kWide ? 1 : 0, kNext = kWide ? 0 : 2;
-    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * p.plan.rows;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
-      for (int t = 0; t < kTiles; t += 1 + kNextTile)
+      for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-        for (int i = 0; i < 4 - kNext; ++i) {
-          const int row = row_of(t, i, lane), strip = strip_of(b, t, i);
-          const int col = kStripRows * (tile * p.plan.tile + strip) / 2 + row_of_strip(i, lane);
-          if (row >= rows || strip >= p.plan.tile || col >= p.n) continue;
-          const T gate = round_linear<T>(with_bias<T>(p.a, acc[b][t][i], col));
-          const T other =
-              round_linear<T>(with_bias<T>(p.a, acc[b][t + kNextTile][i + kNext], p.n + col));
-          static_cast<T*>(p.a.out)[(first_row + row) * p.a.out_stride + col] =
-              from_float<T>(activate(p.a.act, as_float(gate)) * as_float(other));
+        for (int i = 0; i < 2; ++i) {
+          const int row = 8 * t + lane % 4 * 2 + i % 2, pair = 4 * b + warp;
+          const int col = kStripRows * (tile * p.plan.tile / 2 + pair) + lane / 4;
+          if (2 * pair >= p.plan.tile || !is_mine(row, col)) continue;
+          static_cast<T*>(p.a.out)[place_of(row, col)] =
+              gated(round_linear<T>(with_bias<T>(p.a, acc[b][t][i], col)),
+                    round_linear<T>(with_bias<T>(p.a, acc[b][t][i + 2], p.n + col)));
         }
+  }
+
+  // -- Many rows: by way of shared memory --
+  // [row of x][row of the tile] in 16 bits: then a lane has eight neighbours of a row, and little
+  // code makes them results. Code that runs once a launch takes longer to come than to run. A warp
+  // makes results of its own sums.
+
+  __device__ __forceinline__ uint32_t staged(int row, int strip) const {
+    return memory.out + row * (16 * kTiles + 16) + 16 * strip;
+  }
+  static __device__ __forceinline__ T load_one(uint32_t address) {
+    uint16_t bits;
+    asm volatile("ld.shared.b16 %0, [%1];" : "=h"(bits) : "r"(address) : "memory");
+    return reinterpret_cast<const T&>(bits);
+  }
+  static __device__ __forceinline__ void store_one(uint32_t address, T v) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(reinterpret_cast<const uint16_t&>(v))
+                 : "memory");
+  }
+  // Calls f(sum, row of x, strip, row of the strip).
+  template <typename F>
+  __device__ __forceinline__ void for_each_sum(int lane, const F& f) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        f(acc[0][t][i], 16 * warp + i / 2 * 8 + lane / 4, t, lane % 4 * 2 + i % 2);
+  }
+
+  __device__ __forceinline__ void store_wide(int tile, int lane) {
+    if (p.a.bias != nullptr)
+      for_each_sum(lane, [&](float& sum, int, int strip, int in_strip) {
+        const int all = tile * kTiles + strip, half = p.a.gated ? all % 2 : 0;
+        const int col = kStripRows * (p.a.gated ? all / 2 : all) + in_strip;
+        if (col < p.n) sum = with_bias<T>(p.a, sum, half * p.n + col);
+      });
+    if (p.a.out_dtype == DType::f32) {  // never gated
+      for_each_sum(lane, [&](float sum, int row, int strip, int in_strip) {
+        const int col = kStripRows * (tile * kTiles + strip) + in_strip;
+        if (is_mine(row, col)) static_cast<float*>(p.a.out)[place_of(row, col)] = sum;
+      });
+      return;
+    }
+    __syncwarp();  // the tile before is stored
+    for_each_sum(lane, [&](float sum, int row, int strip, int in_strip) {
+      store_one(staged(row, strip) + 2 * in_strip, round_linear<T>(sum));
+    });
+    __syncwarp();
+    if (p.a.gated) {
+      finish<true>(tile, lane);
+    } else {
+      finish<false>(tile, lane);
+    }
+  }
+  template <bool kGated>
+  __device__ __forceinline__ void finish(int tile, int lane) const {
+    using Elements = Vec<T, kStripRows>;
+    constexpr int kStrips = kGated ? kTiles / 2 : kTiles;
+#pragma unroll 1
+    for (int item = lane; item < 16 * kStrips; item += 32) {
+      const int row = 16 * warp + item / kStrips, strip = item % kStrips;
+      const int col = kStripRows * (tile * kStrips + strip);
+      if (!is_mine(row, col)) continue;
+      T* out = static_cast<T*>(p.a.out) + place_of(row, col);
+      // The gate's strip stands before the other half's.
+      const uint32_t from = staged(row, kGated ? 2 * strip : strip);
+      uint4 bits = load_shared(from);
+      Elements& e = reinterpret_cast<Elements&>(bits);
+      if constexpr (kGated) {
+        const uint4 other_bits = load_shared(from + 16);
+        const Elements& other = reinterpret_cast<const Elements&>(other_bits);
+        if (p.a.act == Activation::silu) {
+#pragma unroll
+          for (int i = 0; i < kStripRows; ++i)
+            e.v[i] =
+                from_float<T>(activate<Activation::silu>(as_float(e.v[i])) * as_float(other.v[i]));
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < 2 * kStripRows; i += 2)
+            store_one(from + i, gated(load_one(from + i), load_one(from + 16 + i)));
+          bits = load_shared(from);
+        }
+      }
+      const bool is_vector = p.vectors && col + kStripRows <= p.n;
+      if (!kGated && p.a.accumulate) {
+        Elements old{};
+        if (is_vector) old = *reinterpret_cast<const Elements*>(out);
+#pragma unroll
+        for (int i = 0; i < kStripRows; ++i) {
+          if (!is_vector && col + i < p.n) old.v[i] = out[i];
+          e.v[i] = from_float<T>(__fadd_rn(as_float(old.v[i]), as_float(e.v[i])));
+        }
+      }
+      if (is_vector) {
+        *reinterpret_cast<Elements*>(out) = e;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kStripRows; ++i)
+          if (col + i < p.n) out[i] = e.v[i];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(int tile, int lane) {
+    if constexpr (kWide) {
+      store_wide(tile, lane);
+    } else {
+      store_narrow(tile, lane);
+    }
   }
 };
 
 #endif
 
 template <typename T, int kRows, int kShape>
-__global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarps) + 1), 1)
+__global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarps<kRows>)+1), 1)
     linear_skinny_sm90_kernel(const __grid_constant__ Params p,
                               const __grid_constant__ CUtensorMap w_map,
                               const __grid_constant__ CUtensorMap x_map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ unsigned char smem[];
   const Memory memory(static_cast<uint32_t>(__cvta_generic_to_shared(smem)), p.plan);
-  const bool with_norm = p.a.norm.weight != nullptr;
+  const bool with_norm = kRows <= 16 && p.a.norm.weight != nullptr;
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.plan.stages; ++i) {
       init_barrier(memory.full(i), 1);
-      init_barrier(memory.empty(i), kComputeWarps);
+      init_barrier(memory.empty(i), kComputeWarps<kRows>);
     }
     init_barrier(memory.x_full(), with_norm ? 2 : 1);  // its weights, and x
     fence_async_proxy();
@@ -404,7 +513,7 @@ __global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarp
   __syncthreads();
   const int warp = uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
-  const int copies = with_norm ? kNormWarps : kComputeWarps;
+  const int copies = with_norm ? kNormWarps : kComputeWarps<kRows>;
   if (warp == copies) {
     if (lane == 0) copy(p, memory, &w_map, &x_map);
     return;
@@ -412,7 +521,7 @@ __global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarp
   if (static_cast<int>(blockIdx.x) >= p.num_tiles) return;
   if (with_norm) {
     normalise<T>(p, memory);
-    if (warp >= kComputeWarps) return;
+    if (warp >= kComputeWarps<kRows>) return;
   }
   Tile<T, kRows, kShape> tile(p, memory, warp);
   for (int i = blockIdx.x; i < p.num_tiles; i += gridDim.x) {
@@ -441,15 +550,23 @@ void launch_sm90(const Params& p, cudaStream_t stream) {
           ? make_tensor_map("linear", a.dtype, a.x, {kAtom, a.rows, atoms},
                             {2 * a.x_stride, 2 * kAtom},
                             {kAtom, a.rows, p.num_stages * p.plan.atoms})
-          : make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows}, {2 * a.x_stride},
-                            {kAtom, std::min<int64_t>(p.plan.rows, a.rows)});
+          : make_tensor_map("linear", a.dtype, a.x, {kAtom, a.rows, atoms},
+                            {2 * a.x_stride, 2 * kAtom}, {kAtom, p.plan.rows, p.plan.atoms});
   const auto kernel = linear_skinny_sm90_kernel<T, kRows, kShape>;
   allow_smem(kernel, static_cast<size_t>(p.plan.smem), "linear_skinny");
   const dim3 grid(static_cast<unsigned>(p.plan.ctas),
                   static_cast<unsigned>((a.rows + p.plan.rows - 1) / p.plan.rows));
-  const int warps = (a.norm.weight != nullptr ? kNormWarps : kComputeWarps) + 1;
+  const int warps = (a.norm.weight != nullptr ? kNormWarps : kComputeWarps<kRows>)+1;
   launch(kernel, grid, static_cast<unsigned>(32 * warps), static_cast<size_t>(p.plan.smem), stream,
          "linear_skinny", p, w_map, x_map);
+}
+
+template <typename T, int kRows>
+void launch_wide(const Params& p, cudaStream_t stream) {
+  [&]<size_t... i>(std::index_sequence<i...>) {
+    constexpr const auto& kTiles = SkinnySm90Plan::kWideTiles;
+    ((p.plan.tile == kTiles[i] ? launch_sm90<T, kRows, kTiles[i]>(p, stream) : void()), ...);
+  }(std::make_index_sequence<std::size(SkinnySm90Plan::kWideTiles)>{});
 }
 
 }  // namespace
@@ -466,20 +583,20 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
                  static_cast<int>(a.gated ? a.out_features / 2 : a.out_features),
                  static_cast<int>(a.in_features),
                  static_cast<int>(plan.tiles(a.out_features)),
-                 static_cast<int>((a.in_features + kAtom * plan.atoms - 1) / (kAtom * plan.atoms))};
+                 static_cast<int>((a.in_features + kAtom * plan.atoms - 1) / (kAtom * plan.atoms)),
+                 is_vector_aligned(a.out, a.out_stride)};
   dispatch_16bit(a.dtype, "linear", [&](auto type) {
     using T = decltype(type);
     const bool one = plan.tile <= 64 / kStripRows;
-    switch (plan.rows) {
+    switch (skinny_sm90_rows(plan.rows)) {
       case 8:
         return one ? launch_sm90<T, 8, 1>(p, stream) : launch_sm90<T, 8, 2>(p, stream);
       case 16:
         return one ? launch_sm90<T, 16, 1>(p, stream) : launch_sm90<T, 16, 2>(p, stream);
+      case 64:
+        return launch_wide<T, 64>(p, stream);
       default:
-        [&]<size_t... i>(std::index_sequence<i...>) {
-          constexpr const auto& kTiles = SkinnySm90Plan::kWideTiles;
-          ((plan.tile == kTiles[i] ? launch_sm90<T, 64, kTiles[i]>(p, stream) : void()), ...);
-        }(std::make_index_sequence<std::size(SkinnySm90Plan::kWideTiles)>{});
+        return launch_wide<T, 128>(p, stream);
     }
   });
 }

@@ -84,6 +84,8 @@ struct LinearArgs {
   NormArgs norm_args = {};
   bool gated = false;  // out[T, n / 2] = act(y[:, :n / 2]) * y[:, n / 2:] of y = x W^T + bias
   Activation act = Activation::silu;
+  // Rows behind those of x and out that may be read and written: their values are nobody's.
+  int64_t spare_rows = 0;
 };
 
 struct EmbedArgs {

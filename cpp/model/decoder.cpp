@@ -105,9 +105,11 @@ void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
     backend_.linear(act, w.down, add, residual);
     return;
   }
-  backend_.linear(normed, w.qkv, {}, acts_.qkv.rows(t));
+  LinearArgs plain;
+  plain.spare_rows = acts_.residual.rows() - t;
+  backend_.linear(normed, w.qkv, plain, acts_.qkv.rows(t));
   attention(index, in);
-  backend_.linear(attn, w.o, {}, delta);
+  backend_.linear(attn, w.o, plain, delta);
   backend_.add_norm(delta, residual, w.mlp_norm, norm_args_, normed);
 
   LinearArgs gated;
@@ -116,10 +118,10 @@ void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   if (config_.gated_mlp && backend_.fuses(w.gate_up, gated, t)) {
     backend_.linear(normed, w.gate_up, gated, act);
   } else {
-    backend_.linear(normed, w.gate_up, {}, gate_up);
+    backend_.linear(normed, w.gate_up, plain, gate_up);
     backend_.activation(gate_up, config_.act, config_.gated_mlp, act);
   }
-  backend_.linear(act, w.down, {}, delta);
+  backend_.linear(act, w.down, plain, delta);
   const bool is_last = index + 1 == weights_.layers.size();
   const NormWeight& next = is_last ? weights_.final_norm : weights_.layers[index + 1].attn_norm;
   backend_.add_norm(delta, residual, next, norm_args_, normed);

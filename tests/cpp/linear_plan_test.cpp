@@ -75,7 +75,7 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
   const CardSizes& card = kCards[3];
   for (const bool norm : {false, true})
     for (const bool gated : {false, true})
-      for (const int64_t m : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 500})
+      for (const int64_t m : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200, 256, 500, 9000})
         for (const int64_t n : {16, 1008, 1024, 4096, 6144, 28672, 151936})
           for (const int64_t k : {64, 192, 1024, 2048, 4096, 14336}) {
             const auto p =
@@ -86,13 +86,15 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_LE(p.smem, card.max_smem);
             EXPECT_GE(p.smem, p.stages * p.stage_bytes + p.x_bytes + 16 * p.stages);
             EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
-            EXPECT_GE(p.rows, std::min<int64_t>(m, 64));
-            EXPECT_EQ(p.atoms, SkinnySm90Plan::stage_atoms(p.tile));
+            EXPECT_TRUE(m <= 64 ? p.rows == m : p.rows >= 33 && p.rows <= 128)
+                << m << " " << p.rows;
+            EXPECT_EQ(p.atoms, SkinnySm90Plan::stage_atoms(p.rows, p.tile));
             EXPECT_TRUE(m <= 16 || SkinnySm90Plan::is_wide(p.tile));
             EXPECT_TRUE(!p.holds_all || (p.tiles(n) <= card.sms && p.stages * p.atoms * 64 >= k));
             EXPECT_TRUE(p.tile >= 1 && p.tile <= 16 && (!gated || p.tile % 2 == 0));
             // What the tensor core reads behind the last weights, and behind x, is there.
-            const int unused = m > 16 ? (64 - p.rows) * 128 : (8 - p.tile % 8) % 8 * 8 * 128 + 1024;
+            const int unused = m > 16 ? (skinny_sm90_rows(p.rows) - p.rows) * 128
+                                      : (8 - p.tile % 8) % 8 * 8 * 128 + 1024;
             EXPECT_LE(p.stages * p.stage_bytes + p.x_bytes + unused, p.smem);
             if (p.whole) {
               const int64_t atoms = (k / 64 + p.atoms - 1) / p.atoms * p.atoms;
@@ -100,7 +102,8 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
               EXPECT_EQ(p.whole_bytes, 128 * m * atoms);  // as many as the box brings
             }
             EXPECT_GE(p.tiles(n) * 8 * p.tile, n);
-            EXPECT_LE(p.ctas, card.sms);
+            const int64_t blocks = (m + p.rows - 1) / p.rows;
+            EXPECT_TRUE(p.ctas >= 1 && (p.ctas == 1 || p.ctas * blocks <= card.sms));
             EXPECT_TRUE(p.ahead >= 1 && p.ahead <= p.stages);
           }
 }

@@ -174,6 +174,11 @@ void load_matrices(const Call& c) {
 }
 
 void load_words(const Call& c) {  // results, then the address
+  if (c.has(".b16")) {
+    uint16_t v;
+    std::memcpy(&v, c.shared(1), 2);
+    return c.set(0, v);
+  }
   for (size_t i = 0; i + 1 < c.count; ++i) {
     uint32_t v;
     std::memcpy(&v, c.shared(c.count - 1) + 4 * i, 4);
@@ -181,6 +186,11 @@ void load_words(const Call& c) {  // results, then the address
   }
 }
 void store_words(const Call& c) {
+  if (c.has(".b16")) {
+    const auto v = c.value<uint16_t>(1);
+    std::memcpy(c.shared(0), &v, 2);
+    return;
+  }
   const size_t words = c.has(".v4") ? 4 : 1;
   for (size_t i = 0; i < words; ++i) {
     const uint32_t v = c.word(c.count > 2 ? 1 + i : 1);  // or one value for all
