@@ -140,7 +140,7 @@ class Copier {
                     const CUtensorMap* v_map)
       : p_(p), memory_(memory), k_map_(k_map), v_map_(v_map) {}
 
-  // A range of as many units as any other CTA, or, where a CTA has several, of as many tokens
+  // A range of as many units as any other CTA, or, where a CTA has several, of as much work
   // (chunks at the ends of sequences are short); or every so many-th unit. They are looked up 32 at
   // a time, a lane each: the chain of loads is as long for one. Here and below everything stands
   // once: the less code, the sooner it is there (docs/kernels.md).
@@ -152,8 +152,9 @@ class Copier {
       unit = static_cast<int>(int64_t{blockIdx.x} * units / ctas);
       end = static_cast<int>((int64_t{blockIdx.x} + 1) * units / ctas);
       const StepInputs& in = *p_.attn.step;
-      if (ctas < units && in.num_decode_ranges % ctas == 0 && in.num_decode_ranges > 0) {
-        const int of_cta = in.num_decode_ranges / ctas;
+      const int of_cta = in.num_decode_ranges / static_cast<int>(gridDim.x);
+      if (of_cta * gridDim.x == in.num_decode_ranges && ctas == gridDim.x && ctas < units &&
+          of_cta > 0) {
         const DecodeCut* cut = in.decode_cuts + blockIdx.x * of_cta;
         const int tiles = p_.attn.kv.num_kv_heads * p_.row_tiles;
         unit = first_unit(cut[0], tiles);

@@ -55,11 +55,7 @@ CudaBackend::CudaBackend(const BackendOptions& options)
   info_.activation_dtype = options.activation_dtype;
   info_.memory_total = properties.totalGlobalMem;
   info_.k_tile = 1;
-  info_.tiling.kv_chunk = kKvChunk;
-  info_.tiling.q_tile = kPrefillRows;
-  info_.tiling.decode_rows = kDecodeRows;
-  info_.tiling.max_items = 2048;
-  info_.tiling.decode_ranges = decode_ranges(card_);
+  info_.tiling = attention_tiling(card_);
   info_.has_graphs = graphs_;
   info_.is_batch_invariant = options.batch_invariant;
 

@@ -74,9 +74,14 @@ struct AttnParams {
 bool fuses_rope(const AttnArgs& a, const RopeArgs& rope, const KvView& kv, int32_t max_query_len,
                 const Card& card);
 
-// Into how many ranges attention_decode() wants its work cut (AttnTiling).
-inline int32_t decode_ranges(const Card& card) {
-  return card.arch == 90 ? kDecodeCtasPerSm * card.num_sms : 0;
+// How attention_decode() and attention_prefill() want their work cut.
+inline AttnTiling attention_tiling(const Card& card) {
+  AttnTiling tiling{kKvChunk, kPrefillRows, kDecodeRows, 2048};
+  if (card.arch == 90) {
+    tiling.decode_ranges = kDecodeCtasPerSm * card.num_sms;
+    tiling.item_cost = kTile;
+  }
+  return tiling;
 }
 // Sequences cut along the cache: step->decode_items. max_query_len: the longest query among them.
 // workspace: decode_workspace_bytes(), zero at first and left so where it must be. max_items: of

@@ -291,14 +291,16 @@ struct Linear::Impl {
     return all;
   }
 
-  int64_t skinny_rows() const { return card.arch == 90 ? kSkinnyRowsSm90 : kSkinnyRows; }
+  int64_t skinny_rows(const Key& key) const {
+    return card.arch == 90 && key.k % 64 == 0 ? kSkinnyRowsSm90 : kSkinnyRows;
+  }
 
   // A plan without timing, for what prepare() did not see. Not every kernel of cuBLASLt that splits
   // nothing gives the canonical bits (K = 135 has been seen to differ), and nothing is compared
   // here.
   Plan plan_untimed(const Tensor& x, const LinearWeight& w, const Key& key, const Tensor& out) {
     Plan plan;
-    if (options.batch_invariant || x.rows() <= skinny_rows()) return plan;
+    if (options.batch_invariant || x.rows() <= skinny_rows(key)) return plan;
     const auto algos = candidates(x, w, key, out);
     if (!algos.empty()) {
       plan.skinny = false;
@@ -410,8 +412,9 @@ struct Linear::Impl {
     if (plan.skinny) return true;
     check_cuda(cudaMemsetAsync(differences(), 0, sizeof(int), stream), "comparing plans");
     const int64_t least = least_rows(key.bucket);
-    for (int64_t rows : {key.bucket, (least + key.bucket) / 2, least}) {
-      rows = std::max(rows, plan.rows);
+    for (const int64_t few : {key.bucket, (least + key.bucket) / 2, least}) {
+      if (plan.rows > 0 && few < key.bucket) continue;  // so many are never computed
+      const int64_t rows = std::max(few, plan.rows);
       const Tensor these = x.rows(rows), result = out.rows(rows);
       if (!runs(plan, these, w, key, result)) continue;  // run() would not take it
       if (multiply(plan, these, w, key, result, stream) != CUBLAS_STATUS_SUCCESS) return false;
@@ -432,12 +435,10 @@ struct Linear::Impl {
   // x and out have room for max_rows.
   Plan choose(const Tensor& x, const std::vector<const LinearWeight*>& weights, const Key& key,
               const Tensor& out, const Tensor& other, int64_t max_rows) {
-    std::vector<Plan> all;
-    if (x.rows() <= skinny_rows()) all.push_back({});
     const bool pads = !key.f32_out && x.rows() > kSkinnyRows && x.rows() <= kMostWithOthers &&
                       x.rows() <= max_rows;
-    for (const Plan& plan : suggestions(x, *weights[0], key, out, pads, max_rows))
-      all.push_back(plan);
+    std::vector<Plan> all = suggestions(x, *weights[0], key, out, pads, max_rows);
+    if (x.rows() <= skinny_rows(key)) all.push_back({});
     float best = 0;
     for (Plan& plan : all) {
       plan.microseconds = 1000 * time(plan, x, weights, key, out, best / 1000);
@@ -580,7 +581,7 @@ void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int6
   };
   for_each_plan([&](const Key& key, const auto&) {
     const auto it = known.find(key);
-    if (it == known.end()) {
+    if (it == known.end() || it->second.rows > max_rows) {
       all_known = false;
     } else {
       plans[key] = it->second;
@@ -666,6 +667,10 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
   if (it == impl.plans.end()) it = impl.plans.emplace(key, impl.plan_untimed(x, w, key, out)).first;
   const Plan& plan = it->second;
   const bool has_room = plan.rows <= x.rows() + a.spare_rows;
+  if (!has_room && impl.options.batch_invariant) {  // not compared with so few
+    impl.multiply(Plan{}, x, w, key, out, stream, settled);
+    return;
+  }
   const int64_t rows = has_room ? std::max(plan.rows, x.rows()) : x.rows();
   const Tensor from = x.rows(rows), to = out.rows(rows);
   check_cublas(impl.multiply(impl.is_valid(plan, from, w, key, to) ? plan : Plan{}, from, w, key,
@@ -684,7 +689,8 @@ std::vector<std::string> Linear::describe() const {
     if (!plan.skinny)
       name = concat("cuBLASLt ", algo_attribute<int32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_ID),
                     " tile ", algo_attribute<uint32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
-                    " split ", algo_attribute<int32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM));
+                    " split ", algo_attribute<int32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM),
+                    plan.rows > 0 ? concat(", ", plan.rows, " rows") : "");
     lines.push_back(concat("[", key.bucket, ", ", key.k, "] x [", key.n, ", ", key.k, "]",
                            key.f32_out ? " to float32" : "", key.bias ? " + bias" : "", ": ", name,
                            ", ", plan.microseconds, " us"));

@@ -23,22 +23,22 @@ __device__ __forceinline__ T round_linear(float v) {
 
 // What a sum is added to. `at`: elements from a.out.
 template <typename T>
-__device__ __forceinline__ float load_linear(const SkinnyArgs& a, int64_t at) {
-  return a.accumulate ? as_float(static_cast<const T*>(a.out)[at]) : 0;
+__device__ __forceinline__ T load_linear(const SkinnyArgs& a, int64_t at) {
+  return a.accumulate ? static_cast<const T*>(a.out)[at] : from_float<T>(0);
 }
 template <typename T>
-__device__ __forceinline__ T linear_result(const SkinnyArgs& a, float v, float before) {
-  const T rounded = round_linear<T>(v);
-  return a.accumulate ? from_float<T>(__fadd_rn(before, as_float(rounded))) : rounded;
+__device__ __forceinline__ T add_linear(T result, T before) {
+  return from_float<T>(__fadd_rn(as_float(before), as_float(result)));
 }
 template <typename T>
-__device__ __forceinline__ void store_linear(const SkinnyArgs& a, int64_t at, float v,
-                                             float before) {
+__device__ __forceinline__ void store_linear(const SkinnyArgs& a, int64_t at, float v, T before) {
   if (a.out_dtype == DType::f32) {
     static_cast<float*>(a.out)[at] = v;
-  } else {
-    static_cast<T*>(a.out)[at] = linear_result<T>(a, v, before);
+    return;
   }
+  T rounded = round_linear<T>(v);
+  if (a.accumulate) rounded = add_linear(rounded, before);
+  static_cast<T*>(a.out)[at] = rounded;
 }
 
 }  // namespace ni::cuda

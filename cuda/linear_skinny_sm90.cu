@@ -6,15 +6,16 @@
 // Layouts: x [M, x_stride], W [N, w_stride], K and w_stride multiples of 64. A CTA goes through
 // tiles of up to 16 strips of 8 weight rows (gated: pairs, of the gate and of the others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
-// four warps multiply. x comes through the same ring, or as a whole, and is normalised where it
-// lies, by every CTA. Both operands are read from shared memory by the tensor core itself: with up
-// to 16 rows of x W is A (64 rows, or whatever lies there where they are fewer) and x is B, with
-// more x is A and W is B. Moves N * K * 2 bytes once; bound by bandwidth. What that takes: 50 KB
-// (H100) to 150 KB (H200) in flight on every multiprocessor from the kernel's first moment on (the
-// ring fills while the kernel before still works: weights depend on nobody), strips spread evenly,
-// one CTA on every multiprocessor (see the plan), and a warp that only copies. For short N the
-// chain of K / 16 dependent products is the bound: 18 cycles each with 8 rows of x, 33 with 64 of
-// B, if they stand close; mma.sync takes 24, with the ldmatrix that it needs 36.
+// four warps (eight with more than 64 rows of x) multiply. x comes through the same ring, or as a
+// whole, and is normalised where it lies, by every CTA. Both operands are read from shared memory
+// by the tensor core itself: with up to 16 rows of x W is A (64 rows, or whatever lies there where
+// they are fewer) and x is B, with more x is A and W is B. Moves N * K * 2 bytes once; bound by
+// bandwidth. What that takes: 50 KB (H100) to 150 KB (H200) in flight on every multiprocessor from
+// the kernel's first moment on (the ring fills while the kernel before still works: weights depend
+// on nobody), strips spread evenly, one CTA on every multiprocessor (see the plan), and a warp that
+// only copies. For short N the chain of K / 16 dependent products is the bound: 18 cycles each with
+// 8 rows of x, 33 with 64 of B, if they stand close; mma.sync takes 24, with the ldmatrix that it
+// needs 36.
 #include <iterator>
 #include <utility>
 
@@ -105,7 +106,8 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
   const int w_bytes = plan.atoms * plan.tile * kStripBytes;
   const int bytes = w_bytes + (plan.whole ? 0 : plan.atoms * plan.rows * 128);
 
-  // Weights, which nobody reads again in this step, do not push out what all layers share.
+  // Weights, which nobody but other row blocks reads again in this step, do not push out what all
+  // layers share.
   const uint64_t once = evict_first();
   const auto copy_w = [&](const Source& from, int stage) {
     const uint32_t to = memory.stage(stage), barrier = memory.full(stage);
@@ -361,7 +363,7 @@ struct Tile {
       for_each(tile, lane, [&](int b, int t, int i, int col, int64_t at) {
         const auto bits = static_cast<uint16_t>(before[b][t][i]);
         store_linear<T>(p.a, at, with_bias<T>(p.a, acc[b][t][i], col),
-                        as_float(reinterpret_cast<const T&>(bits)));
+                        reinterpret_cast<const T&>(bits));
       });
       return;
     }
@@ -469,7 +471,7 @@ struct Tile {
 #pragma unroll
         for (int i = 0; i < kStripRows; ++i) {
           if (!is_vector && col + i < p.n) old.v[i] = out[i];
-          e.v[i] = from_float<T>(__fadd_rn(as_float(old.v[i]), as_float(e.v[i])));
+          e.v[i] = add_linear(e.v[i], old.v[i]);
         }
       }
       if (is_vector) {

@@ -46,9 +46,7 @@ class Sequences {
     for (int32_t s = 0; s <= seqs; ++s) starts.push_back(s * query);
     StepInputs in;
     AttnLists lists;
-    build_attn_items(starts.data(), contexts.data(), seqs,
-                     {kKvChunk, kPrefillRows, kDecodeRows, kMaxItems, decode_ranges(card)}, lists,
-                     in);
+    build_attn_items(starts.data(), contexts.data(), seqs, attention_tiling(card), lists, in);
     starts_ = Device<int32_t>(starts);
     contexts_ = Device<int32_t>(contexts);
     num_items_ = static_cast<int32_t>(lists.decode.size() + lists.prefill.size());

@@ -328,6 +328,7 @@ void StagedBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a,
   there.bias = call.pointer<float>(bias);
   const NormWeight norm_there{call.pointer<float>(norm_weight), call.pointer<float>(norm_bias)};
   LinearArgs args = a;
+  args.spare_rows = 0;  // there are none here
   if (a.norm != nullptr) args.norm = &norm_there;
   call.run([&](Backend& inner) { inner.linear(call.tensor(from), there, args, call.tensor(to)); });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "core/step_inputs.h"
@@ -32,23 +33,30 @@ struct AttnLists {
   std::vector<DecodeCut> cuts;
 };
 
-// Where `count` ranges of the items' sequences, none of which is whole, begin and the last one
-// ends: each has the same number of tokens.
+// Where tiling.decode_ranges ranges of the items begin, and the last one ends: each has the same
+// share of the work. items: as build_attn_items() lists them, none of them a whole sequence.
 inline void cut_decode_items(const std::vector<AttnItem>& items, const int32_t* context_lens,
-                             int32_t count, std::vector<DecodeCut>& cuts) {
-  int64_t total = 0, before = 0;  // tokens, of all and of earlier sequences
-  for (const AttnItem& item : items) total += item.index == 0 ? context_lens[item.seq] : 0;
+                             const AttnTiling& tiling, std::vector<DecodeCut>& cuts) {
+  const auto work = [&](int32_t seq) {
+    const int64_t context = context_lens[seq];
+    return context + (context + tiling.kv_chunk - 1) / tiling.kv_chunk * tiling.item_cost;
+  };
+  const int64_t count = tiling.decode_ranges;
+  int64_t total = 0, before = 0;  // of all and of earlier sequences
+  for (const AttnItem& item : items) total += item.index == 0 ? work(item.seq) : 0;
   size_t first = 0;  // item of the present sequence
   for (int64_t range = 0; range < count; ++range) {
     const int64_t begin = total * range;  // and all below times `count`
-    while ((before + context_lens[items[first].seq]) * count <= begin) {
-      before += context_lens[items[first].seq];
+    while ((before + work(items[first].seq)) * count <= begin) {
+      before += work(items[first].seq);
       do ++first;
       while (items[first].index != 0);
     }
-    const int64_t context = context_lens[items[first].seq];
-    cuts.push_back({static_cast<int32_t>(first), static_cast<int32_t>(context),
-                    static_cast<uint32_t>(((begin - before * count) << 32) / (context * count))});
+    // Rounded up: not into the chunk before.
+    const int64_t whole = work(items[first].seq) * count;
+    const int64_t part = (((begin - before * count) << 32) + whole - 1) / whole;
+    cuts.push_back({static_cast<int32_t>(first), context_lens[items[first].seq],
+                    static_cast<uint32_t>(std::min<int64_t>(part, UINT32_MAX))});
   }
   cuts.push_back({static_cast<int32_t>(items.size()), 1, 0});
 }
@@ -110,7 +118,7 @@ inline void build_attn_items(const int32_t* cu_seqlens_q, const int32_t* context
   in.num_decode_ranges = 0;
   if (tiling.decode_ranges > 0 && in.num_whole_items == 0 && !decode.empty()) {
     in.num_decode_ranges = tiling.decode_ranges;
-    cut_decode_items(decode, context_lens, tiling.decode_ranges, cuts);
+    cut_decode_items(decode, context_lens, tiling, cuts);
   }
 }
 

@@ -51,6 +51,7 @@ struct AttnTiling {
   // whole: one item with the index -1.
   int32_t max_items = 0;
   int32_t decode_ranges = 0;  // wanted of decode_cuts; 0: none
+  int32_t item_cost = 0;      // of a chunk, beside its tokens, in tokens: for decode_cuts
 
   int32_t most_items(int32_t max_decode_query_len) const {
     if (decode_rows <= 0) return 0;
@@ -65,7 +66,8 @@ struct AttnItem {
   int32_t index;
 };
 
-// Where a range of decode work begins that has as many tokens of the cache as any other.
+// Where a range of decode work begins that has as much work as any other: tokens of the cache, and
+// AttnTiling::item_cost for each chunk.
 struct DecodeCut {
   int32_t item;     // the first of a sequence, in decode_items
   int32_t context;  // of that sequence
@@ -113,7 +115,7 @@ struct StepInputs {
   // the longest contexts first. Null where no tiling was asked for.
   const AttnItem* decode_items = nullptr;   // [num_decode_items]
   const AttnItem* prefill_items = nullptr;  // [num_prefill_items]
-  // Ends of ranges that have equal shares of decode_items' tokens; no ranges where one of the items
+  // Ends of ranges that have equal shares of decode_items' work; no ranges where one of the items
   // is a whole sequence, or nobody asked for them.
   const DecodeCut* decode_cuts = nullptr;  // [num_decode_ranges + 1]
 

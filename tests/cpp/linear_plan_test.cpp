@@ -84,18 +84,23 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_GE(p.stages, 3);
             EXPECT_LE(p.stages, kSkinnySm90MaxStages);
             EXPECT_LE(p.smem, card.max_smem);
-            EXPECT_GE(p.smem, p.stages * p.stage_bytes + p.x_bytes + 16 * p.stages);
+            constexpr int kLost = 1024 - 16;  // by alignment
+            const int used = p.stages * p.stage_bytes + p.x_bytes + kLost;
+            EXPECT_GE(p.smem, used + p.out_bytes + 8 * (2 * p.stages + 1));
             EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
             EXPECT_TRUE(m <= 64 ? p.rows == m : p.rows >= 33 && p.rows <= 128)
                 << m << " " << p.rows;
-            EXPECT_EQ(p.atoms, SkinnySm90Plan::stage_atoms(p.rows, p.tile));
+            EXPECT_EQ(p.atoms,
+                      SkinnySm90Plan::stage_atoms(skinny_sm90_rows(p.rows), m > 16       ? p.tile
+                                                                            : p.tile > 8 ? 16
+                                                                                         : 8));
             EXPECT_TRUE(m <= 16 || SkinnySm90Plan::is_wide(p.tile));
             EXPECT_TRUE(!p.holds_all || (p.tiles(n) <= card.sms && p.stages * p.atoms * 64 >= k));
             EXPECT_TRUE(p.tile >= 1 && p.tile <= 16 && (!gated || p.tile % 2 == 0));
             // What the tensor core reads behind the last weights, and behind x, is there.
             const int unused = m > 16 ? (skinny_sm90_rows(p.rows) - p.rows) * 128
                                       : (8 - p.tile % 8) % 8 * 8 * 128 + 1024;
-            EXPECT_LE(p.stages * p.stage_bytes + p.x_bytes + unused, p.smem);
+            EXPECT_LE(used + unused, p.smem);
             if (p.whole) {
               const int64_t atoms = (k / 64 + p.atoms - 1) / p.atoms * p.atoms;
               EXPECT_LE(atoms, 256);                      // in a box

@@ -182,23 +182,25 @@ TEST(AttnItems, CountsGoWithTheLists) {
   expect(lists({9}, {40}, {256, 64, 4, 2}), 0, 0, 0);
 }
 
-// Ranges of equal numbers of tokens begin where the tokens before them say, in any sequence.
+// A range begins where the work before it says: tokens, and 50 for each chunk.
 TEST(AttnItems, CutsHaveEqualShares) {
   AttnTiling tiling{256, 64, 4, 100};
   tiling.decode_ranges = 7;
+  tiling.item_cost = 50;
   const std::vector<int32_t> contexts{300, 1, 0, 1100, 90, 256};  // the fifth is a prefill
   const Lists l = lists({1, 2, 1, 4, 60, 1}, contexts, tiling);
   ASSERT_EQ(l.in.num_decode_ranges, 7);
   ASSERT_EQ(l.cuts.size(), 8u);
-  const int32_t total = 300 + 1 + 1100 + 256;
+  const auto work = [](int32_t context) { return context + 50 * ((context + 255) / 256); };
+  const int32_t total = work(300) + work(1) + work(1100) + work(256);
   for (size_t i = 0; i < 7; ++i) {
     const DecodeCut& cut = l.cuts[i];
     const auto [seq, chunk] = l.decode.at(static_cast<size_t>(cut.item));
     EXPECT_EQ(chunk, 0);
     EXPECT_EQ(cut.context, contexts[static_cast<size_t>(seq)]);
-    double before = cut.part / 4294967296.0 * cut.context;
+    double before = cut.part / 4294967296.0 * work(cut.context);
     for (const auto& [s, c] : l.decode)
-      if (s < seq && c == 0) before += contexts[static_cast<size_t>(s)];
+      if (s < seq && c == 0) before += work(contexts[static_cast<size_t>(s)]);
     EXPECT_NEAR(before, total * static_cast<double>(i) / 7, 1e-3) << i;
   }
   EXPECT_EQ(l.cuts[7].item, static_cast<int32_t>(l.decode.size()));

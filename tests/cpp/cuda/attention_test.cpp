@@ -165,10 +165,10 @@ class Scene {
     in.num_whole_items = static_cast<int32_t>(std::count_if(
         items.begin(), items.end(), [](const AttnItem& item) { return item.index < 0; }));
     std::vector<DecodeCut> cuts;
-    const int32_t ranges = cuda::decode_ranges(this_card());
-    if (is_decode(path) && in.num_whole_items == 0 && ranges > 0 && draw() % 4 != 0) {
-      in.num_decode_ranges = ranges;
-      cut_decode_items(items, contexts.data(), ranges, cuts);
+    const AttnTiling tiling = cuda::attention_tiling(this_card());
+    if (is_decode(path) && in.num_whole_items == 0 && tiling.decode_ranges > 0 && draw() % 4 != 0) {
+      in.num_decode_ranges = tiling.decode_ranges;
+      cut_decode_items(items, contexts.data(), tiling, cuts);
     }
     const DeviceArray<DecodeCut> d_cuts(cuts);
     in.decode_cuts = d_cuts.data();
@@ -249,9 +249,9 @@ class Scene {
     }
     StepInputs in;
     AttnLists lists;
-    build_attn_items(starts.data(), contexts.data(), n,
-                     {cuda::kKvChunk, 1, cuda::kDecodeRows, 4096, cuda::decode_ranges(this_card())},
-                     lists, in);
+    AttnTiling tiling = cuda::attention_tiling(this_card());
+    tiling.max_items = 4096;
+    build_attn_items(starts.data(), contexts.data(), n, tiling, lists, in);
     const DeviceArray<int32_t> d_starts(starts), d_contexts(contexts), d_positions(positions),
         d_tables(tables);
     const DeviceArray<int64_t> d_slots(slots);
@@ -596,6 +596,7 @@ TEST_F(CudaAttentionBits, AreThoseOfThePromptInOnePiece) {
     expect(scene, tokens, Path::chunks, "decode, chunks");
     expect(scene, tokens, Path::whole, "decode, whole sequences");
     expect(scene, drafts, Path::mixed, "decode, several rows");
+    expect(scene, drafts, Path::chunks, "decode, several rows, no whole sequence");
     for (const int32_t n : {1, 63, 64, 65, 255, 256, 257, 511, 512, 513, 560}) {
       expect(scene, {{0, n, 1}}, Path::chunks, "decode alone");
       expect(scene, {{0, n, 1}}, Path::whole, "decode alone, whole");

@@ -411,6 +411,7 @@ TEST_P(LinearTest, RowsHaveTheSameBitsAtEveryNumberOfRows) {
       const Out part(rows, n, GetParam());
       const int64_t first = m - rows;
       l->run(x.tensor.rows(first, rows), w.w, {}, part.tensor, nullptr);
+      EXPECT_TRUE(part.memory.intact());
       for (const int64_t r : {int64_t{0}, rows / 2, rows - 1})
         ASSERT_EQ(row_bytes(part, r), row_bytes(all, first + r)) << n << " " << rows << " " << r;
       // With room behind them more may be computed.
