@@ -156,7 +156,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
     best.whole_bytes = static_cast<int>(m * columns * 2);
     best.x_bytes = best.whole_bytes + static_cast<int>(norm ? k * 4 + m * 64 : 0);
   }
-  // The tensor core reads 64 rows of W and 8 of x, or 64 of x, where there are fewer.
+  // The tensor core reads 64 rows of W and 8 or 16 of x, or 64 or 128 of x, where there are fewer.
   const int over = m > 16 ? (skinny_sm90_rows(best.rows) - best.rows) * 128
                           : (8 - best.tile % 8) % 8 * kStripRows * 128 + 1024;
   best.out_bytes = m > 16 ? skinny_sm90_rows(best.rows) * (best.tile + 1) * kStripRows * 2 : 0;
