@@ -330,15 +330,21 @@ class Chaos:
         end = time.monotonic() + seconds
         clients: set[asyncio.Task[None]] = set()
         kinds, weights = list(self._kinds), list(self._kinds.values())
+
+        def arrive(kind: Any) -> None:
+            task = asyncio.create_task(self._client(kind))
+            clients.add(task)
+            task.add_done_callback(clients.discard)
+
+        # However fast the machine is: so many at once find the queue full.
+        for _ in range(4 * (OPTIONS["max_waiting"] + OPTIONS["max_num_seqs"])):
+            arrive(self._whole)
         while time.monotonic() < end:
             storm = self._rng.random() < 0.3
             rate, until = (150.0 if storm else 15.0), time.monotonic() + self._rng.uniform(0.2, 1.5)
             while time.monotonic() < min(end, until):
                 if len(clients) < 200:
-                    kind = self._rng.choices(kinds, weights)[0]
-                    task = asyncio.create_task(self._client(kind))
-                    clients.add(task)
-                    task.add_done_callback(clients.discard)
+                    arrive(self._rng.choices(kinds, weights)[0])
                 await asyncio.sleep(self._rng.expovariate(rate))
         await asyncio.wait_for(asyncio.gather(*clients), 120)
 
