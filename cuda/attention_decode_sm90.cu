@@ -348,6 +348,11 @@ class Computer {
   __device__ Computer(const DecodeParams& p, const Memory<C, D>& memory) : p_(p), memory_(memory) {}
 
   __device__ void run() {
+    if constexpr (kRope) {  // the norms' weights, before anybody waits for them
+      const RopeArgs& rope = p_.attn.rope;
+      const float* weight = (warp_ == 0 ? rope.q_norm : rope.k_norm).weight;
+      if (warp_ < 2 && weight != nullptr && 32 * lane_ < D) prefetch_line(weight + 32 * lane_);
+    }
     bool has_part = false;
     for (Place unit;; unit.advance(kDecodeUnits)) {
       wait(memory_.unit_full(unit.stage), unit.phase);

@@ -304,7 +304,7 @@ void CudaBackend::norm(Tensor x, const NormWeight& w, const NormArgs& a, Tensor 
   check_activations(out, x.rows(), x.cols(), "norm: out");
   check_arg(w.weight != nullptr, "norm: no weight");
   cuda::norm(x.data, x.row_stride, nullptr, 0, x.rows(), x.cols(), w, a, x.dtype, out.data,
-             out.row_stride, stream_);
+             out.row_stride, !is_guest(), stream_);
 }
 
 void CudaBackend::add_norm(Tensor x, Tensor residual, const NormWeight& w, const NormArgs& a,
@@ -314,7 +314,7 @@ void CudaBackend::add_norm(Tensor x, Tensor residual, const NormWeight& w, const
   check_activations(out, x.rows(), x.cols(), "add_norm: out");
   check_arg(w.weight != nullptr, "add_norm: no weight");
   cuda::norm(x.data, x.row_stride, residual.data, residual.row_stride, x.rows(), x.cols(), w, a,
-             x.dtype, out.data, out.row_stride, stream_);
+             x.dtype, out.data, out.row_stride, !is_guest(), stream_);
 }
 
 bool CudaBackend::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const {

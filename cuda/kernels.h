@@ -40,9 +40,10 @@ void convert_rows(const void* src, DType src_dtype, int64_t src_stride, int64_t 
 
 // -- norm.cu --------------------------------------------------------------------------------------
 // residual: null, or [rows, n]: x is added to it (and rounded) and the sum normalised.
+// settled (common.cuh): of w.
 void norm(const void* x, int64_t x_stride, void* residual, int64_t residual_stride, int64_t rows,
           int64_t n, const NormWeight& w, const NormArgs& a, DType dtype, void* out,
-          int64_t out_stride, cudaStream_t stream);
+          int64_t out_stride, bool settled, cudaStream_t stream);
 
 // -- rope_kv.cu -----------------------------------------------------------------------------------
 // settled (common.cuh): of positions and slot_mapping.

@@ -24,20 +24,47 @@ struct NormParams {
   const float* weight;
   const float* bias;
   float eps;
+  bool vectors;  // of `weight` are 16-byte aligned
+  bool settled;  // common.cuh; of `weight`
 };
+
+template <int V>
+__device__ __forceinline__ Vec<float, V> load_floats(const float* from, bool is_aligned) {
+  Vec<float, V> v;
+  if (V % 4 == 0 && is_aligned) {
+#pragma unroll
+    for (int j = 0; j < V; j += 4)
+      reinterpret_cast<float4&>(v.v[j]) = *reinterpret_cast<const float4*>(from + j);
+  } else {
+#pragma unroll
+    for (int j = 0; j < V; ++j) v.v[j] = from[j];
+  }
+  return v;
+}
 
 // kItems vectors of V elements a thread.
 template <typename T, int V, int kItems, bool kLayer>
 __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormParams p) {
   using Elements = Vec<T, V>;
   __shared__ float shared[33];
+  const int vectors = p.n / V;
+  // Weights come from memory, where all layers' lie; they come before the wait, where registers are
+  // enough for them.
+  constexpr bool kEarly = kItems <= 4;
+  Vec<float, V> weight[kEarly ? kItems : 1];
+  const auto load_weight = [&](int i) { return load_floats<V>(p.weight + i * V, p.vectors); };
+  if (!p.settled) wait_for_previous();
+  if constexpr (kEarly) {
+#pragma unroll
+    for (int k = 0; k < kItems; ++k)
+      if (const int i = threadIdx.x + k * blockDim.x; i < vectors) weight[k] = load_weight(i);
+  }
   wait_for_previous();
   let_next_start();
   const int64_t row = blockIdx.x;
   const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
   T* residual = static_cast<T*>(p.residual) + row * p.residual_stride;
   T* out = static_cast<T*>(p.out) + row * p.out_stride;
-  const int vectors = p.n / V;
 
   float h[kItems][V];
   float sum = 0;
@@ -82,9 +109,10 @@ __global__ void __launch_bounds__(kMaxThreads) norm_kernel(const NormParams p) {
     const int i = threadIdx.x + k * blockDim.x;
     if (i >= vectors) continue;
     Elements y;
+    const Vec<float, V> w = kEarly ? weight[kEarly ? k : 0] : load_weight(i);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      float v = (h[k][j] - mean) * factor * p.weight[i * V + j];
+      float v = (h[k][j] - mean) * factor * w.v[j];
       if (p.bias != nullptr) v += p.bias[i * V + j];
       y.v[j] = from_float<T>(v);
     }
@@ -123,11 +151,20 @@ void launch_items(const NormParams& p, NormKind kind, int64_t rows, cudaStream_t
 
 void norm(const void* x, int64_t x_stride, void* residual, int64_t residual_stride, int64_t rows,
           int64_t n, const NormWeight& w, const NormArgs& a, DType dtype, void* out,
-          int64_t out_stride, cudaStream_t stream) {
+          int64_t out_stride, bool settled, cudaStream_t stream) {
   if (rows == 0) return;
-  const NormParams p{
-      x,        residual, out,  x_stride, residual_stride, out_stride, static_cast<int>(n),
-      w.weight, w.bias,   a.eps};
+  const NormParams p{x,
+                     residual,
+                     out,
+                     x_stride,
+                     residual_stride,
+                     out_stride,
+                     static_cast<int>(n),
+                     w.weight,
+                     w.bias,
+                     a.eps,
+                     is_vector_aligned(w.weight, 0),
+                     settled};
   const bool vectors = n % 8 == 0 && is_vector_aligned(x, x_stride) &&
                        is_vector_aligned(out, out_stride) &&
                        is_vector_aligned(residual, residual_stride);

@@ -101,6 +101,10 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+// The line comes into L2.
+__device__ __forceinline__ void prefetch_line(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
+}
 // The box comes into L2.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, int32_t y,
                                              int32_t z, int32_t w, int32_t v) {

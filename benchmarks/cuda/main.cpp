@@ -45,7 +45,7 @@ void bench_launch(Bench& b) {
   const Device<float> weight = random_f32(kColumns);
   const auto tiny = [&](int64_t) {
     norm(x.data(), kColumns, nullptr, 0, 1, kColumns, {weight.data(), nullptr}, {}, DType::bf16,
-         out.data(), kColumns, b.timer.stream());
+         out.data(), kColumns, true, b.timer.stream());
   };
   tiny(0);  // loads the kernel
   b.finish({"launch",

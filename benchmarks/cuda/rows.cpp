@@ -15,7 +15,8 @@ double norm_us(Bench& b, int64_t rows, int64_t n, bool add) {
   const Device<float> weight = random_f32(n);
   return b.timer.us(copies, [&](int64_t i) {
     norm(x.data() + i * size, n, add ? residual.data() + i * size : nullptr, n, rows, n,
-         {weight.data(), nullptr}, {}, DType::bf16, out.data() + i * size, n, b.timer.stream());
+         {weight.data(), nullptr}, {}, DType::bf16, out.data() + i * size, n, true,
+         b.timer.stream());
   });
 }
 

@@ -263,7 +263,7 @@ void LinearTest::check_fused(const std::vector<std::array<int64_t, 3>>& shapes) 
     const auto l = linear(true);
     Rows normed(m, k, GetParam(), ++seed);
     cuda::norm(x.tensor.data, x.stride, nullptr, 0, m, k, norm, norm_args, GetParam(),
-               normed.tensor.data, normed.stride, nullptr);
+               normed.tensor.data, normed.stride, false, nullptr);
     const Out product(m, n, GetParam());
     skinny(normed, w, product);
 
@@ -306,7 +306,7 @@ void LinearTest::check_fused(const std::vector<std::array<int64_t, 3>>& shapes) 
     DeviceArray<float> ones(std::vector<float>(static_cast<size_t>(n), 1.0f));
     cuda::norm(product.tensor.data, product.stride, residual.tensor.data, residual.stride, m, n,
                {ones.data(), nullptr}, norm_args, GetParam(), unused.tensor.data, unused.stride,
-               nullptr);
+               true, nullptr);
     l->run(normed.tensor, w.w, {.accumulate = true}, sum.tensor, nullptr);
     for (int64_t r = 0; r < m; ++r)
       ASSERT_EQ(row_bytes(sum, r), row_bytes(residual, r)) << n << " " << r;

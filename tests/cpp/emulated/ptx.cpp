@@ -318,7 +318,7 @@ Instruction find(std::string_view text) {
       {"fence.", [](const Call&) {}},
       {"mbarrier.", use_barrier},
       {"createpolicy.", [](const Call& c) { c.set(0, uint64_t{0}); }},
-      {"prefetch.tensormap", [](const Call&) {}},
+      {"prefetch.", [](const Call&) {}},
       {"cp.async.bulk.prefetch", [](const Call&) {}},
       {"cp.async.bulk.tensor", copy_box},
       {"cp.async.bulk.shared", copy_bytes},
