@@ -67,14 +67,15 @@ struct SkinnySm90Plan {
   int tile = 0;   // strips of a CTA
   int atoms = 0;  // of a stage
   int stages = 0;
-  int ahead = 0;           // of them come before x
-  int ctas = 0;            // a row block
-  bool whole = false;      // x stands in shared memory as a whole
-  int whole_bytes = 0;     // of that
-  int x_bytes = 0;         // and of its norm's weights and sums, which follow
-  int out_bytes = 0;       // where many rows' sums become results
-  int smem = 0;            // bytes of dynamic shared memory
-  bool holds_all = false;  // the ring, of the weights
+  int ahead = 0;            // of them come before x
+  int ctas = 0;             // a row block
+  bool whole = false;       // x stands in shared memory as a whole
+  int whole_bytes = 0;      // of that
+  int x_bytes = 0;          // and of its norm's weights and sums, which follow
+  int out_bytes = 0;        // where many rows' sums become results
+  int smem = 0;             // bytes of dynamic shared memory
+  bool holds_all = false;   // the ring, of the weights
+  bool lets_start = false;  // the next kernel before its own wait
   int stage_bytes = 0;
 
   int64_t tiles(int64_t n) const { return (n + kStripRows * tile - 1) / (kStripRows * tile); }
@@ -173,14 +174,22 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // than that, and more rows of x take as much.
   const int half = smem_per_sm / 2 - 1024, whole = max_smem - fixed;
   const int64_t weights = int64_t{2} * best_rounds * best.tile * kStripRows * columns;
-  const bool leaves_room = norm && weights <= half;
+  // Of more rows, which have no norm, those with more columns than x (qkv, `gate_up`) leave room,
+  // where some stages more than the least fit then.
+  constexpr int kWideStages = kMinStages + 1;
+  const bool is_wide = m > 16, grows = is_wide && n > k && best.ctas == num_sms;
+  const bool leaves_room = is_wide
+                               ? grows && (half - 1024 - fixed) / best.stage_bytes >= kWideStages
+                               : norm && weights <= half;
   const int room = (leaves_room ? half - 1024 : half + 1024) - fixed;
   constexpr int kEnough = 56 * 1024;  // bytes in flight
-  const bool is_large = room < std::max(kEnough, kMinStages * best.stage_bytes) || m > 16 ||
-                        weights > int64_t{4} * half;
+  const bool is_large =
+      room < std::max(kEnough, kMinStages * best.stage_bytes) || weights > int64_t{4} * half ||
+      (is_wide && !leaves_room && (m > 64 || room < kWideStages * best.stage_bytes));
   best.stages = std::min((is_large ? whole : room) / best.stage_bytes, kSkinnySm90MaxStages);
   best.smem = std::max(best.stages * best.stage_bytes + fixed, leaves_room ? 0 : half + 1024);
   best.holds_all = best_rounds == 1 && best.stages * best.atoms * 64 >= k;
+  best.lets_start = norm || best.holds_all || leaves_room;
   // Of few weights some, half where the ring is full, come while x is normalised: all at once would
   // delay x.
   best.ahead = norm && best.holds_all ? (best.stages + 1) / 2 : best.stages;

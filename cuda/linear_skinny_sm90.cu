@@ -143,7 +143,7 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
     place.advance(plan.stages);
   }
   // Already now: attention looks up its work, the next product fetches its weights meanwhile.
-  if (with_norm || plan.holds_all) let_next_start();
+  if (plan.lets_start) let_next_start();
   wait_for_previous();
   if (!has_work) return;
   if (plan.whole) {
