@@ -186,18 +186,22 @@ __device__ __forceinline__ void cap_scores(Scores& s, const ScoreScale& scale) {
     for (int i = 0; i < 4; ++i) s[n][i] = capped_score(s[n][i], scale);
 }
 
-// -inf outside [first_visible(position), position]; position: that of row g and of row g + 8.
-__device__ __forceinline__ void mask_scores(Scores& s, int tile_begin, const int (&position)[2],
-                                            int window) {
-  const int token0 = tile_begin + 2 * (threadIdx.x % 4);
-  const int first[2] = {first_visible(position[0], window), first_visible(position[1], window)};
+// -inf outside [first_visible(position), position], for row g (r = 0) or g + 8 (r = 1).
+__device__ __forceinline__ void mask_row(Scores& s, int r, int tile_begin, int position,
+                                         int window) {
+  const int first = first_visible(position, window);
+  const uint32_t token0 = tile_begin + 2 * (threadIdx.x % 4) - first;
+  const uint32_t visible = position + 1 - first;
 #pragma unroll
   for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = token0 + 8 * n + i % 2;
-      if (token > position[i / 2] || token < first[i / 2]) s[n][i] = -INFINITY;
-    }
+    for (int i = 0; i < 2; ++i)  // before the first it is a large number
+      if (token0 + 8 * n + i >= visible) s[n][2 * r + i] = -INFINITY;
+}
+__device__ __forceinline__ void mask_scores(Scores& s, int tile_begin, const int (&position)[2],
+                                            int window) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) mask_row(s, r, tile_begin, position[r], window);
 }
 
 // A softmax step for rows that one warp owns: scores (capped and masked) become P as A fragments,

@@ -22,11 +22,14 @@ DecodeParams decode_params(const AttnParams& p, int32_t max_query_len, int64_t m
   check_arg(p.args.num_heads <= kMaxAttentionHeads, "attention_decode: num_heads ",
             p.args.num_heads, " is above ", kMaxAttentionHeads);
   const int group = p.args.num_heads / p.kv.num_kv_heads;
+  const int row_tiles = (max_query_len * group + kMmaRows - 1) / kMmaRows;
   return {p,
           score_scale(p.args, p.kv.k_scale),
           group,
           max_query_len,
-          (max_query_len * group + kMmaRows - 1) / kMmaRows,
+          row_tiles,
+          Divisor(p.kv.num_kv_heads * row_tiles),
+          Divisor(p.kv.block_size),
           decode_partial_rows(max_query_len, p.args.num_heads),
           0,
           static_cast<int32_t*>(workspace),

@@ -18,8 +18,10 @@ struct DecodeParams {
   int group;          // heads of a kv head
   int max_query_len;  // query rows of a sequence
   int row_tiles;      // of 16 rows, for the longest query
-  int partial_rows;   // decode_partial_rows()
-  int stages;         // of decode_sm80's ring
+  Divisor tiles;      // row tiles of all kv heads
+  Divisor block_size;
+  int partial_rows;  // decode_partial_rows()
+  int stages;        // of decode_sm80's ring
   // [max_seqs][kMaxAttentionHeads], of which [max_seqs][num_heads] are used: chunks that are done
   // of a (sequence, kv head, row tile).
   int32_t* counters;
@@ -196,22 +198,23 @@ struct Sums {
 
 // -- Results --------------------------------------------------------------------------------------
 
-// Where the result of a packed row lies.
-template <typename T>
+// Where the result of a packed row lies. kOneQuery: every sequence has one.
+template <typename T, bool kOneQuery = false>
 __device__ __forceinline__ T* out_row(const DecodeParams& p, const Work& w, int row) {
-  const int query = row / p.group, head = w.kv_head * p.group + row % p.group;
+  const int query = kOneQuery ? 0 : row / p.group;
+  const int head = w.kv_head * p.group + row - query * p.group;
   return static_cast<T*>(p.attn.out) + (w.query_begin + query) * p.attn.out_stride +
          static_cast<int64_t>(head) * p.attn.kv.head_dim;
 }
 
-template <typename T, typename C, int D>
+template <typename T, typename C, int D, bool kOneQuery = false>
 __device__ __forceinline__ void write_out(const DecodeParams& p, const Work& w,
                                           const Sums<D>& total) {
   const float scale[2] = {final_scale(total.l[0], p.attn.kv.v_scale),
                           final_scale(total.l[2], p.attn.kv.v_scale)};
   total.for_each_unit(
       w, w.rows_of_tile(p.group), [&](int half, int packed, int unit, const Unit& o) {
-        store_unit<T, C>(out_row<T>(p, w, packed) + 16 * unit, o, half, scale[half]);
+        store_unit<T, C>(out_row<T, kOneQuery>(p, w, packed) + 16 * unit, o, half, scale[half]);
       });
 }
 

@@ -126,6 +126,17 @@ __device__ __forceinline__ int num_ctas(const DecodeParams& p) {
   return min(static_cast<int>(gridDim.x), pairs ? (units + 1) / 2 : units);
 }
 
+// A row of the unit's: of q; with kRope behind those of the group k and v, which lie behind all q.
+template <typename T, bool kRope>
+__device__ __forceinline__ const T* q_row(const DecodeParams& p, const Work& w, int row) {
+  const int all = w.row_tile * kMmaRows + row, query = kRope ? 0 : all / p.group;
+  int head = w.kv_head * p.group + all - query * p.group;
+  if (kRope && row >= p.group)
+    head = p.attn.args.num_heads + (row - p.group) * p.attn.kv.num_kv_heads + w.kv_head;
+  return static_cast<const T*>(p.attn.q) + (w.query_begin + query) * p.attn.q_stride +
+         static_cast<int64_t>(head) * p.attn.kv.head_dim;
+}
+
 // -- The warp that copies -------------------------------------------------------------------------
 
 // The chunks of this work have the sequence's last token, of which attention with kRope makes k, v.
@@ -143,22 +154,27 @@ class Copier {
   // A range of as many units as any other CTA, or, where a CTA has several, of as much work
   // (chunks at the ends of sequences are short); or every so many-th unit. They are looked up 32 at
   // a time, a lane each: the chain of loads is as long for one. Here and below everything stands
-  // once: the less code, the sooner it is there (docs/kernels.md).
+  // once: the less code, the sooner it is there (docs/kernels.md). And few divisions: each takes
+  // a tenth of a microsecond.
   __device__ void run() {
     const int units = num_units(p_), ctas = num_ctas(p_), stride = gridDim.x;
     const bool ranges = has_ranges(p_) && units > 0;
     int unit = blockIdx.x, end = units;
-    if (ranges) {
-      unit = static_cast<int>(int64_t{blockIdx.x} * units / ctas);
-      end = static_cast<int>((int64_t{blockIdx.x} + 1) * units / ctas);
+    if (ranges && ctas < stride) {  // one unit, or a pair
+      const int each = ctas == units ? 1 : 2;
+      unit *= each;
+      end = min(unit + each, units);
+    } else if (ranges) {
       const StepInputs& in = *p_.attn.step;
-      const int of_cta = in.num_decode_ranges / static_cast<int>(gridDim.x);
-      if (of_cta * gridDim.x == in.num_decode_ranges && ctas == gridDim.x && ctas < units &&
-          of_cta > 0) {
+      const int of_cta = in.num_decode_ranges / stride;
+      if (of_cta > 0 && of_cta * stride == in.num_decode_ranges && ctas < units) {
         const DecodeCut* cut = in.decode_cuts + blockIdx.x * of_cta;
-        const int tiles = p_.attn.kv.num_kv_heads * p_.row_tiles;
+        const int tiles = static_cast<int>(p_.tiles.by);
         unit = first_unit(cut[0], tiles);
         end = first_unit(cut[of_cta], tiles);
+      } else {
+        unit = static_cast<int>(int64_t{blockIdx.x} * units / ctas);
+        end = static_cast<int>((int64_t{blockIdx.x} + 1) * units / ctas);
       }
     }
     Work mine{};
@@ -204,29 +220,31 @@ class Copier {
   // kv head and row tile, then for the next. So a range has few results that others work at, too.
   __device__ __forceinline__ bool find_unit(int unit, bool ranges, Work& w) const {
     const StepInputs& in = *p_.attn.step;
-    const int tiles = p_.attn.kv.num_kv_heads * p_.row_tiles;
-    int some = unit / tiles, tile = unit % tiles;  // item of the sequence
+    const int tiles = static_cast<int>(p_.tiles.by);
+    const int some = p_.tiles.quotient(unit);  // item of the sequence
+    int tile = unit - some * tiles;
     AttnItem item = in.decode_items[some];
     w.item = some;
-    if (ranges) {
-      const int first = some - max(item.index, 0);
-      const int chunks =
-          item.index < 0 ? 1 : max(1, (in.context_lens[item.seq] + kKvChunk - 1) / kKvChunk);
-      const int in_seq = unit - first * tiles;
-      tile = in_seq / chunks;
-      w.item = first + in_seq % chunks;
-      if (item.index >= 0) item.index = in_seq % chunks;
+    if (ranges && item.index >= 0) {
+      const int chunks = (in.context_lens[item.seq] + kKvChunk - 1) / kKvChunk;
+      if (chunks > 1) {
+        const int first = some - item.index, in_seq = unit - first * tiles;
+        tile = in_seq / chunks;
+        item.index = in_seq - tile * chunks;
+        w.item = first + item.index;
+      }
     }
-    w.kv_head = tile / p_.row_tiles;
-    w.row_tile = tile % p_.row_tiles;
+    w.kv_head = kRope ? tile : tile / p_.row_tiles;
+    w.row_tile = kRope ? 0 : tile % p_.row_tiles;
     return find_work(p_, item, w);
   }
 
-  __device__ __forceinline__ void announce(const Work& w, int slot) {
+  // fetches_q: or who computes does, sooner than the copy engine.
+  __device__ __forceinline__ void announce(const Work& w, int slot, bool fetches_q) {
     wait(memory_.unit_empty(unit_.stage), unit_.phase ^ 1);
     const int rows = w.item < 0 ? 0 : w.rows_of_tile(p_.group);
     const uint32_t full = memory_.unit_full(unit_.stage);
-    const int heads = kRope && rows > 0 && has_new_token(w) ? rows + 2 : rows;
+    const int heads = !fetches_q ? 0 : kRope && rows > 0 && has_new_token(w) ? rows + 2 : rows;
     const int angle_bytes = kRope && rows > 0 && rope().cos != nullptr ? 2 * rope().rotary_dim : 0;
     if (lane_ == 0) {
       memory_.work(unit_.stage) = w;
@@ -236,14 +254,7 @@ class Copier {
     __syncwarp();
     const uint32_t to = memory_.q(unit_.stage) + lane_ * Memory<C, D>::kQRow;
     if (lane_ < heads) {
-      const int row = w.row_tile * kMmaRows + lane_, query = kRope ? 0 : row / p_.group;
-      int head = w.kv_head * p_.group + row % p_.group;
-      if (lane_ >= rows)  // k and v, behind all q
-        head = p_.attn.args.num_heads + (lane_ - rows) * p_.attn.kv.num_kv_heads + w.kv_head;
-      copy_bytes(to,
-                 static_cast<const uint16_t*>(p_.attn.q) +
-                     (w.query_begin + query) * p_.attn.q_stride + static_cast<int64_t>(head) * D,
-                 2 * D, full);
+      copy_bytes(to, q_row<uint16_t, kRope>(p_, w, lane_), 2 * D, full);
     } else if (const int angle = lane_ - rows - 2; angle_bytes > 0 && (angle == 0 || angle == 1)) {
       copy_bytes(to,
                  (angle == 0 ? rope().cos : rope().sin) +
@@ -276,6 +287,7 @@ class Copier {
       // q and this step's K and V come from the kernel before.
       if (!is_announced && (is_done || has_q_ || tile >= old_tiles || copied_ >= kStages)) {
         is_announced = true;
+        if (kRope) announce(w, new_slot, has_q_);
         if (!has_q_) {
           // What has no room in the ring yet comes into L2.
           const int mine = begin / kChunkTiles * kChunkTiles + lane_ / 4;
@@ -285,7 +297,7 @@ class Copier {
           }
           wait_for_previous();
         }
-        announce(w, new_slot);
+        if (!kRope) announce(w, new_slot, true);
         // What the next kernel fetches comes behind what this one waits for. (Where there is much
         // to do the next has no room beside it anyway.)
         if (!has_q_) let_next_start();
@@ -296,7 +308,7 @@ class Copier {
         const int chunk = begin / kChunkTiles, token = chunk * kKvChunk + 16 * lane_;
         end = min(w.tile_end, (chunk + 1) * kChunkTiles);
         has_piece = lane_ < kKvChunk / 16 && token < w.context;
-        const int index = token / p_.attn.kv.block_size;
+        const int index = p_.block_size.quotient(token);
         slot = token - index * p_.attn.kv.block_size;
         block = has_piece ? table[index] : 0;
       }
@@ -348,21 +360,21 @@ class Computer {
   __device__ Computer(const DecodeParams& p, const Memory<C, D>& memory) : p_(p), memory_(memory) {}
 
   __device__ void run() {
-    if constexpr (kRope) {  // the norms' weights, before anybody waits for them
-      const RopeArgs& rope = p_.attn.rope;
-      const float* weight = (warp_ == 0 ? rope.q_norm : rope.k_norm).weight;
-      if (warp_ < 2 && weight != nullptr && 32 * lane_ < D) prefetch_line(weight + 32 * lane_);
-    }
-    bool has_part = false;
+    if constexpr (kRope) fetch_norms();
+    bool has_part = false, has_q = !kRope || !p_.attn.settled;
     for (Place unit;; unit.advance(kDecodeUnits)) {
       wait(memory_.unit_full(unit.stage), unit.phase);
       const Work& w = memory_.work(unit.stage);  // read where it is needed: registers are few
-      if (w.item < 0) break;
-      unit_ = unit.stage;
-      if constexpr (kRope) rotate(w);
-      if constexpr (kRope) write_cache(w);
-      attend(w);
+      const bool is_done = w.item < 0;
+      if (!is_done) {
+        unit_ = unit.stage;
+        if (!has_q) wait_for_previous();
+        if constexpr (kRope) rotate(w, has_q);
+        has_q = true;
+        attend(w);
+      }
       if (has_part) finish_part();
+      if (is_done) break;
       has_part = w.is_part();
       __syncwarp();
       if (lane_ == 0) {
@@ -371,7 +383,6 @@ class Computer {
       }
       __syncwarp();
     }
-    if (has_part) finish_part();
   }
 
  private:
@@ -395,13 +406,21 @@ class Computer {
     return D % 64 == 0 || 2 * lane_ + 64 * k < D;
   }
 
-  // The unit's q, and k and v of its new token, a row a warp.
-  __device__ __forceinline__ void rotate(const Work& w) {
+  // The norms' weights come into L1 before anybody waits for them.
+  __device__ __forceinline__ void fetch_norms() const {
+    for (const float* weight : {p_.attn.rope.q_norm.weight, p_.attn.rope.k_norm.weight})
+      if (weight != nullptr && 32 * lane_ < D) prefetch_line(weight + 32 * lane_);
+  }
+
+  // The unit's q, and k and v of its new token, a row a warp; the latter go into the cache, too.
+  // has_q: they are in shared memory.
+  __device__ __forceinline__ void rotate(const Work& w, bool has_q) {
     const RopeArgs& rope = p_.attn.rope;
     const int group = p_.group, rows = has_new_token(w) ? group + 2 : group;
     for (int row = warp_; row < rows; row += kDecodeWarps) {
       const bool is_k = row == group, is_v = row > group;
       T* x = memory_.template row<T>(unit_, row);
+      const T* from = has_q ? x : q_row<T, kRope>(p_, w, row);
       const float* weight = (is_k ? rope.k_norm : rope.q_norm).weight;
       float2 v[kPairs], norm[kPairs] = {};
 #pragma unroll
@@ -410,13 +429,14 @@ class Computer {
         if (!has_pair(k)) continue;
         if (weight != nullptr)
           norm[k] = __ldg(reinterpret_cast<const float2*>(weight + 2 * lane_ + 64 * k));
-        const Vec<T, 2> e = *reinterpret_cast<const Vec<T, 2>*>(x + 2 * lane_ + 64 * k);
+        const Vec<T, 2> e = *reinterpret_cast<const Vec<T, 2>*>(from + 2 * lane_ + 64 * k);
         v[k] = {as_float(e.v[0]), as_float(e.v[1])};
       }
       if (!is_v && weight != nullptr) normalise_head(v, norm, lane_, D, rope.norm_eps);
       if (!is_v && rope.cos != nullptr) turn(v, group);
       __syncwarp();  // all lanes have read
       const float inverse = 1.0f / (is_v ? p_.attn.kv.v_scale : p_.attn.kv.k_scale);
+      C* const cached = is_k || is_v ? in_cache(w, is_v) : nullptr;
 #pragma unroll
       for (int k = 0; k < kPairs; ++k) {
         const int i = 2 * lane_ + 64 * k;
@@ -425,6 +445,7 @@ class Computer {
           store_pair(x + i, v[k], 1.0f);
         } else {  // as the cache has them
           store_pair(reinterpret_cast<C*>(x) + i, v[k], inverse);
+          if (cached != nullptr) store_pair(cached + i, v[k], inverse);
         }
       }
     }
@@ -459,44 +480,26 @@ class Computer {
     for (int k = 0; k < kPairs; ++k) v[k] = turned[k];
   }
 
-  // The new token's k and v into the cache.
-  __device__ __forceinline__ void write_cache(const Work& w) const {
-    constexpr int kSegments = D * static_cast<int>(sizeof(C)) / 16;
-    if (!has_new_token(w) || w.slot < 0) return;  // a padding row writes nothing
+  // Where the new token's k or v lies; null: a padding row writes nothing.
+  __device__ __forceinline__ C* in_cache(const Work& w, bool is_v) const {
+    if (w.slot < 0) return nullptr;
     const KvView& kv = p_.attn.kv;
-    const int block = w.slot / kv.block_size;
-    const int64_t offset = kv.v_offset(block, w.kv_head, w.slot - block * kv.block_size, 0);
-    for (int i = threadIdx.x; i < 2 * kSegments; i += kComputeThreads) {
-      const bool is_v = i >= kSegments;
-      const int segment = is_v ? i - kSegments : i;
-      C* to = static_cast<C*>(is_v ? kv.v : kv.k) + offset;
-      reinterpret_cast<uint4*>(to)[segment] =
-          memory_.template row<uint4>(unit_, p_.group + (is_v ? 1 : 0))[segment];
-    }
+    const int block = p_.block_size.quotient(w.slot);
+    return static_cast<C*>(is_v ? kv.v : kv.k) +
+           kv.v_offset(block, w.kv_head, w.slot - block * kv.block_size, 0);
   }
 
-  // Segments of 16 bytes [begin, end) of the new token's k or v, into row `to` of the tile.
-  __device__ __forceinline__ void insert(uint32_t tile, int to, bool is_v, int begin,
-                                         int end) const {
+  // A segment of 16 bytes of the new token's k or v, into row `to` of the tile.
+  __device__ __forceinline__ void insert(uint32_t tile, int to, bool is_v, int segment) const {
     const uint32_t from = memory_.q(unit_) + (p_.group + (is_v ? 1 : 0)) * Memory<C, D>::kQRow;
-    for (int i = begin + opaque_lane(); i < end; i += 32) {
-      uint32_t v[4];
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                   : "r"(from + 16 * i)
-                   : "memory");
-      asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile + Layout::at(to, i)),
-                   "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-                   : "memory");
-    }
-    __syncwarp();
-  }
-  // This warp's columns of v.
-  __device__ __forceinline__ void insert_values(uint32_t tile, int to) const {
-    constexpr int kSegments = static_cast<int>(sizeof(C));  // of a unit of 16 columns
-#pragma unroll 1
-    for (int unit = warp_; unit < D / 16; unit += kDecodeWarps)
-      insert(tile, to, true, kSegments * unit, kSegments * (unit + 1));
+    uint32_t v[4];
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                 : "r"(from + 16 * segment)
+                 : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile + Layout::at(to, segment)),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
   }
 
   // Fragments of the 16 rows and 16 dimensions k; those of rows that do not exist are what lay
@@ -520,10 +523,9 @@ class Computer {
     context_ = w.context;
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      position_[r] =
-          w.context - w.query_len + (w.row_tile * kMmaRows + lane_ / 4 + 8 * r) / p_.group;
+      position_[r] = w.context - w.query_len +
+                     (kRope ? 0 : (w.row_tile * kMmaRows + lane_ / 4 + 8 * r) / p_.group);
     Sums<D> total;
-    total.clear();
     int item = w.item;
 #pragma unroll 1
     for (int begin = w.tile_begin; begin < w.tile_end; ++item) {
@@ -534,11 +536,15 @@ class Computer {
       if (w.is_part()) {
         write_partial<C, D>(p_, w, item, chunk);
       } else {
-        total.merge(chunk, p_.scale.c);  // into nothing: as it is
+        if (begin == w.tile_begin) {
+          total = chunk;
+        } else {
+          total.merge(chunk, p_.scale.c);
+        }
       }
       begin = end;
     }
-    if (!w.is_part()) write_out<T, C, D>(p_, w, total);
+    if (!w.is_part()) write_out<T, C, D, kRope>(p_, w, total);
   }
 
   // Tiles [begin, end) of a chunk.
@@ -549,9 +555,12 @@ class Computer {
     for (int tile = begin; tile < end; ++tile, place_.advance(kStages)) {
       if (tile != mine) continue;
       wait(memory_.full(place_.stage), place_.phase);
-      if (const int valid = context_ - tile * kTile; kRope && valid <= kTile)  // the last tile
-        insert(memory_.tile(place_.stage), valid - 1, false, 0,
-               D * static_cast<int>(sizeof(C)) / 16);
+      if (const int valid = context_ - tile * kTile; kRope && valid <= kTile) {  // the last tile
+        constexpr int kSegments = D * static_cast<int>(sizeof(C)) / 16;
+        static_assert(kSegments <= 32);
+        if (lane_ < kSegments) insert(memory_.tile(place_.stage), valid - 1, false, lane_);
+        __syncwarp();
+      }
       multiply_keys(s, memory_.tile(place_.stage));
       release(kDecodeWarps);
     }
@@ -568,7 +577,7 @@ class Computer {
     }
     sync();
     // Not all four beside each other: what runs once a launch takes longer to fetch than to run.
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < kChunkTiles; ++i) {
       const int tile = begin / kChunkTiles * kChunkTiles + i;
       if (tile < begin || tile >= end) continue;
@@ -582,9 +591,7 @@ class Computer {
       chunk.scale(alpha);  // of nothing: it stays
       const uint32_t v = memory_.tile(place_.stage);
       wait(memory_.full(place_.stage), place_.phase);
-      const int valid = context_ - tile * kTile;
-      if (valid < kTile) clear_values(v, valid);
-      if (kRope && valid <= kTile) insert_values(v, valid - 1);
+      if (const int valid = context_ - tile * kTile; valid <= kTile) finish_values(v, valid);
       const uint32_t p = memory_.p(i);
       chunk.template add_values<T, C, Layout>(
           [&](int k) { return p + segment_offset<128>(lane_ % 16, 2 * k + lane_ / 16); }, v, warp_,
@@ -630,7 +637,10 @@ class Computer {
     const int window = p_.attn.args.window, begin = tile * kTile;
     const bool sees_all =
         begin + kTile - 1 <= position_[0] && begin >= first_visible(position_[1], window);
-    if (!__all_sync(kAll, sees_all)) mask_scores(s, begin, position_, window);
+    if (__all_sync(kAll, sees_all)) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      if (has_row(r)) mask_row(s, r, begin, position_[r], window);
   }
 
   __device__ __forceinline__ void share_maxima(const Scores& s, bool has_tile) const {
@@ -670,26 +680,28 @@ class Computer {
                    : "memory");
   }
 
-  // Slots beyond the context may hold NaN, and 0 * NaN would spread: this warp's columns of rows
-  // [from, kTile) become zero.
-  __device__ __forceinline__ void clear_values(uint32_t v, int from) const {
-    constexpr int kSegments = static_cast<int>(sizeof(C));  // of a unit of 16 columns
-#pragma unroll
-    for (int u = 0; u < Sums<D>::kUnits; ++u) {
-      const int unit = warp_ + u * kDecodeWarps;
-      if (!Sums<D>::has_unit(unit)) break;
-      for (int i = lane_; i < (kTile - from) * kSegments; i += 32)
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(
-                         v + Layout::at(from + i / kSegments, kSegments * unit + i % kSegments)),
+  // The last tile, this warp's columns: slots beyond the context may hold NaN, and 0 * NaN would
+  // spread, so they become zero; with kRope the new token's v comes in.
+  __device__ __forceinline__ void finish_values(uint32_t v, int valid) const {
+    constexpr int kOfUnit = static_cast<int>(sizeof(C));  // segments of 16 columns
+    constexpr int kSegments = kOfUnit * Sums<D>::kUnits;
+    static_assert(32 % kSegments == 0);
+    const int lane = opaque_lane(), i = lane % kSegments;
+    const int unit = warp_ + i / kOfUnit * kDecodeWarps, segment = kOfUnit * unit + i % kOfUnit;
+    if (Sums<D>::has_unit(unit)) {
+#pragma unroll 1
+      for (int row = valid + lane / kSegments; row < kTile; row += 32 / kSegments)
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + Layout::at(row, segment)),
                      "r"(0)
                      : "memory");
+      if (kRope && lane < kSegments) insert(v, valid - 1, true, segment);
     }
     __syncwarp();
   }
 
   const DecodeParams& p_;
   const Memory<C, D>& memory_;
-  const int lane_ = threadIdx.x % 32, warp_ = threadIdx.x / 32;
+  const int lane_ = threadIdx.x % 32, warp_ = uniform(threadIdx.x / 32);
   Place place_;
   uint32_t counted_phase_ = 0;
   int position_[2], rows_ = 0, context_ = 0;

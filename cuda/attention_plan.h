@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/types.h"
+
 namespace ni::cuda {
 
 // Cuts of the context, at absolute multiples; part of the arithmetic (attention.cuh).
@@ -24,6 +26,23 @@ inline constexpr const char* kAttentionHeadDims = "64, 96, 128, 256";
 inline constexpr bool is_attention_head_dim(int head_dim) {
   return head_dim == 64 || head_dim == 96 || head_dim == 128 || head_dim == 256;
 }
+
+// Quotients by a number of the launch, in a multiplication and a shift (Granlund and Montgomery,
+// 1994): n / by = n (2^32 + multiplier) >> (32 + shift), for n from 0 to 2^31 - 1.
+struct Divisor {
+  uint32_t by, multiplier, shift;
+
+  explicit constexpr Divisor(int32_t divisor)
+      : by(static_cast<uint32_t>(divisor)), multiplier(0), shift(0) {
+    while ((uint64_t{1} << shift) < by) ++shift;
+    multiplier =
+        static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
+  }
+  NI_HD int32_t quotient(int32_t n) const {
+    const auto high = static_cast<uint32_t>(static_cast<uint64_t>(n) * multiplier >> 32);
+    return static_cast<int32_t>((high + static_cast<uint32_t>(n)) >> shift);
+  }
+};
 
 // A CTA of a decode kernel: one 16-row tile, a ring of `stages` pairs of a K and a V tile, or on
 // Hopper of single tiles.

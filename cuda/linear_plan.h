@@ -70,6 +70,7 @@ struct SkinnySm90Plan {
   int ahead = 0;            // of them come before x
   int ctas = 0;             // a row block
   bool whole = false;       // x stands in shared memory as a whole
+  bool held = false;        // and before that in registers, where it is normalised
   int whole_bytes = 0;      // of that
   int x_bytes = 0;          // and of its norm's weights and sums, which follow
   int out_bytes = 0;        // where many rows' sums become results
@@ -99,7 +100,9 @@ struct SkinnySm90Plan {
 };
 
 inline constexpr int kSkinnySm90MaxStages = 16;
-inline constexpr int kSkinnyAlign = 1024;            // of a swizzled box
+inline constexpr int kSkinnyAlign = 1024;  // of a swizzled box
+// So many vectors of 8 elements of x may have a thread that normalises.
+inline constexpr int kSkinnyHeldVectors = 2;
 inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing else asks for it
 
 // With more rows than this, normalising them in every CTA takes longer than a kernel of its own.
@@ -146,6 +149,8 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
     }
   }
   best.whole = norm || (m <= 16 && 2 * m * k <= kSkinnyWholeBytes);
+  const int64_t parts = (k / 8 + 31) / 32;  // that a warp of norm.cu has of a row, 16 at most
+  best.held = norm && parts <= 16 && m * parts <= int64_t{8} * kSkinnyHeldVectors;
   best.atoms = SkinnySm90Plan::stage_atoms(best.rows, best.tile);
   const auto aligned = [](int bytes) {
     return (bytes + kSkinnyAlign - 1) / kSkinnyAlign * kSkinnyAlign;
@@ -174,13 +179,12 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // than that, and more rows of x take as much.
   const int half = smem_per_sm / 2 - 1024, whole = max_smem - fixed;
   const int64_t weights = int64_t{2} * best_rounds * best.tile * kStripRows * columns;
-  // Of more rows, which have no norm, those with more columns than x (qkv, `gate_up`) leave room,
-  // where some stages more than the least fit then.
+  // Of more rows, which have no norm, those with more columns than x (qkv, `gate_up`) leave room
+  // likewise, where some stages more than the least fit then.
   constexpr int kWideStages = kMinStages + 1;
   const bool is_wide = m > 16, grows = is_wide && n > k && best.ctas == num_sms;
-  const bool leaves_room = is_wide
-                               ? grows && (half - 1024 - fixed) / best.stage_bytes >= kWideStages
-                               : norm && weights <= half;
+  const bool has_stages = (half - 1024 - fixed) / best.stage_bytes >= kWideStages;
+  const bool leaves_room = weights <= half && (is_wide ? grows && has_stages : norm);
   const int room = (leaves_room ? half - 1024 : half + 1024) - fixed;
   constexpr int kEnough = 56 * 1024;  // bytes in flight
   const bool is_large =
@@ -191,8 +195,8 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   best.holds_all = best_rounds == 1 && best.stages * best.atoms * 64 >= k;
   best.lets_start = norm || best.holds_all || leaves_room;
   // Of few weights some, half where the ring is full, come while x is normalised: all at once would
-  // delay x.
-  best.ahead = norm && best.holds_all ? (best.stages + 1) / 2 : best.stages;
+  // delay x, but for what does not come by the copy engine.
+  best.ahead = norm && best.holds_all && !best.held ? (best.stages + 1) / 2 : best.stages;
   return best;
 }
 

@@ -125,7 +125,7 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
              memory.full(stage));
   };
 
-  prefetch_map(x_map);
+  if (!plan.held) prefetch_map(x_map);
   if (!p.a.settled) wait_for_previous();
   const Source begin{static_cast<int>(blockIdx.x)};
   const bool has_work = begin.tile < p.num_tiles, with_norm = p.a.norm.weight != nullptr;
@@ -146,7 +146,9 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
   if (plan.lets_start) let_next_start();
   wait_for_previous();
   if (!has_work) return;
-  if (plan.whole) {
+  if (plan.held) {
+    // Whoever normalises fetches x.
+  } else if (plan.whole) {
     arrive_expecting(memory.x_full(), plan.whole_bytes);
     copy_box(memory.x, x_map, 0, 0, 0, memory.x_full());
   } else {
@@ -168,27 +170,109 @@ __device__ __forceinline__ void synchronise_normalisers() {
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kNormWarps) : "memory");
 }
 
-// x as a whole, [K / 64][rows][64], normalised as norm.cu does it, to the bit. By kNormWarps warps.
+// x as a whole in shared memory: [K / 64][rows][64], as a box of it lies there; and behind it the
+// norm's weights, and the sums of a row's parts (what a warp of norm.cu sums), 16 a row.
+struct WholeX {
+  uint32_t x, weights, sums;
+  int rows, vectors, parts;
+
+  __device__ WholeX(const Params& p, const Memory& memory)
+      : x(memory.x),
+        weights(x + p.plan.whole_bytes),
+        sums(weights + p.k * 4),
+        rows(static_cast<int>(p.a.rows)),
+        vectors(p.k / 8),
+        parts(norm_threads(vectors) / 32) {}
+  __device__ __forceinline__ uint32_t place(int row, int vector) const {
+    const int line = vector / 8 * rows + row;
+    return x + line * 128 + ((vector ^ line) % 8 << 4);
+  }
+  __device__ __forceinline__ uint32_t sum(int row, int part) const {
+    return sums + 4 * (row * 16 + part);
+  }
+  __device__ __forceinline__ void store_sum(int row, int part, float v) const {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(sum(row, part)), "f"(v) : "memory");
+  }
+  // rsqrt of the mean of the row's squares: for a warp, when all parts are there.
+  __device__ __forceinline__ float factor(const Params& p, int row, int lane) const {
+    float v = 0;
+    if (lane < parts) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(sum(row, lane)));
+    return rsqrtf(warp_sum(v) / static_cast<float>(p.k) + p.a.norm_eps);
+  }
+  template <typename T>
+  __device__ __forceinline__ void store(int row, int vector, Vec<T, 8> e, float by) const {
+    const uint4 w[2] = {load_shared(weights + 32 * vector),
+                        load_shared(weights + 32 * vector + 16)};
+    const float* weight = reinterpret_cast<const float*>(w);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) e.v[i] = from_float<T>(as_float(e.v[i]) * by * weight[i]);
+    store_shared(place(row, vector), *reinterpret_cast<const uint4*>(&e));
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ float add_squares(float sum, const Vec<T, 8>& e) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const float h = as_float(e.v[i]);
+    sum = __fmaf_rn(h, h, sum);
+  }
+  return sum;
+}
+
+// x, normalised as norm.cu does it, to the bit, by kNormWarps warps. Few rows: from memory at once,
+// held in registers until the sums are there. A warp has parts warp, warp + 8, … of all rows'.
+template <typename T>
+__device__ __forceinline__ void normalise_held(const Params& p, const Memory& memory) {
+  const WholeX whole(p, memory);
+  const int lane = threadIdx.x % 32, warp = uniform(threadIdx.x / 32);
+  const int all_parts = whole.rows * whole.parts;
+  Vec<T, 8> x[kSkinnyHeldVectors];
+  const auto for_each_part = [&](const auto& f) {
+    int row = 0, part = warp;
+#pragma unroll
+    for (int j = 0; j < kSkinnyHeldVectors; ++j, part += kNormWarps) {
+      if (warp + kNormWarps * j >= all_parts) break;
+      while (part >= whole.parts) part -= whole.parts, ++row;
+      f(x[j], row, part, 32 * part + lane);
+    }
+  };
+  wait_for_previous();
+  for_each_part([&](Vec<T, 8>& e, int row, int, int vector) {
+    uint4 bits{};
+    if (vector < whole.vectors)
+      bits = __ldcg(reinterpret_cast<const uint4*>(static_cast<const T*>(p.a.x) +
+                                                   row * p.a.x_stride + 8 * vector));
+    e = reinterpret_cast<const Vec<T, 8>&>(bits);
+  });
+  for_each_part([&](const Vec<T, 8>& e, int row, int part, int) {
+    const float sum = warp_sum(add_squares(0.0f, e));
+    if (lane == 0) whole.store_sum(row, part, sum);
+  });
+  wait(memory.x_full(), 0);  // the weights
+  synchronise_normalisers();
+  for_each_part([&](const Vec<T, 8>& e, int row, int, int vector) {
+    const float factor = whole.factor(p, row, lane);
+    if (vector < whole.vectors) whole.store(row, vector, e, factor);
+  });
+  fence_async_proxy();
+  synchronise_normalisers();
+}
+
+// More rows, where the copy engine has put them.
 // In little code: it runs once a launch, and fetching it takes longer than running it.
 template <typename T>
 __device__ __forceinline__ void normalise(const Params& p, const Memory& memory) {
-  using Elements = Vec<T, 8>;
   constexpr int kAtOnce = 2;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int rows = static_cast<int>(p.a.rows), vectors = p.k / 8;
-  const uint32_t weights = memory.x + p.plan.whole_bytes, sums = weights + p.k * 4;
-  const auto place = [&](int row, int vector) {
-    const int line = vector / 8 * rows + row;
-    return memory.x + line * 128 + ((vector ^ line) % 8 << 4);
-  };
+  const WholeX whole(p, memory);
+  const int rows = whole.rows, vectors = whole.vectors, parts = whole.parts;
   const auto load = [&](int row, int vector) {
-    const uint4 raw = load_shared(place(row, vector));
-    return *reinterpret_cast<const Elements*>(&raw);
+    const uint4 raw = load_shared(whole.place(row, vector));
+    return reinterpret_cast<const Vec<T, 8>&>(raw);
   };
   wait(memory.x_full(), 0);
 
-  // What a warp of norm.cu sums is a part.
-  const int parts = norm_threads(vectors) / 32;  // of a row
   int row = 0, part = warp;
   while (part >= parts) part -= parts, ++row;
 #pragma unroll 1
@@ -208,21 +292,13 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
       for (int j = 0; j < kAtOnce; ++j) {
         const int v = item + 32 * parts_of[j];
         if (v >= vectors || rows_of[j] >= rows) continue;
-        const Elements e = load(rows_of[j], v);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float h = as_float(e.v[i]);
-          sum[j] = __fmaf_rn(h, h, sum[j]);
-        }
+        sum[j] = add_squares(sum[j], load(rows_of[j], v));
       }
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       sum[j] = warp_sum(sum[j]);
-      if (lane == 0 && rows_of[j] < rows)
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(sums + 4 * (rows_of[j] * 16 + parts_of[j])),
-                     "f"(sum[j])
-                     : "memory");
+      if (lane == 0 && rows_of[j] < rows) whole.store_sum(rows_of[j], parts_of[j], sum[j]);
     }
   }
   synchronise_normalisers();
@@ -230,19 +306,9 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
   const int first = (warp & ((1 << log_warps) - 1)) * 32 + lane;
 #pragma unroll 1
   for (int r = warp >> log_warps; r < rows; r += kNormWarps >> log_warps) {
-    float sum = 0;
-    if (lane < parts)
-      asm volatile("ld.shared.f32 %0, [%1];" : "=f"(sum) : "r"(sums + 4 * (r * 16 + lane)));
-    const float factor = rsqrtf(warp_sum(sum) / static_cast<float>(p.k) + p.a.norm_eps);
+    const float factor = whole.factor(p, r, lane);
 #pragma unroll 1
-    for (int v = first; v < vectors; v += 32 << log_warps) {
-      const uint4 w[2] = {load_shared(weights + 32 * v), load_shared(weights + 32 * v + 16)};
-      Elements e = load(r, v);
-      const float* weight = reinterpret_cast<const float*>(w);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) e.v[i] = from_float<T>(as_float(e.v[i]) * factor * weight[i]);
-      store_shared(place(r, v), *reinterpret_cast<const uint4*>(&e));
-    }
+    for (int v = first; v < vectors; v += 32 << log_warps) whole.store(r, v, load(r, v), factor);
   }
   fence_async_proxy();
   synchronise_normalisers();
@@ -509,7 +575,7 @@ __global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarp
       init_barrier(memory.full(i), 1);
       init_barrier(memory.empty(i), kComputeWarps<kRows>);
     }
-    init_barrier(memory.x_full(), with_norm ? 2 : 1);  // its weights, and x
+    init_barrier(memory.x_full(), with_norm && !p.plan.held ? 2 : 1);  // its weights, and x
     fence_async_proxy();
   }
   __syncthreads();
@@ -522,7 +588,11 @@ __global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarp
   }
   if (static_cast<int>(blockIdx.x) >= p.num_tiles) return;
   if (with_norm) {
-    normalise<T>(p, memory);
+    if (p.plan.held) {
+      normalise_held<T>(p, memory);
+    } else {
+      normalise<T>(p, memory);
+    }
     if (warp >= kComputeWarps<kRows>) return;
   }
   Tile<T, kRows, kShape> tile(p, memory, warp);

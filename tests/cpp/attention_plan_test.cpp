@@ -27,6 +27,19 @@ void for_each_case(const F& f) {
       }
 }
 
+TEST(AttentionPlan, DivisorsDivide) {
+  for (const int32_t by :
+       {1, 2, 3, 5, 7, 8, 16, 48, 96, 100, 127, 128, 129, 8192, 65537, 2147483647}) {
+    const Divisor divisor(by);
+    EXPECT_EQ(divisor.by, static_cast<uint32_t>(by));
+    for (const int64_t near : {int64_t{0}, int64_t{by}, 7 * int64_t{by}, int64_t{1} << 20,
+                               (int64_t{1} << 31) / by * by, (int64_t{1} << 31) - 1})
+      for (int64_t n = near - 3; n <= near + 3; ++n)
+        if (n >= 0 && n < int64_t{1} << 31)
+          ASSERT_EQ(divisor.quotient(static_cast<int32_t>(n)), n / by) << n << " / " << by;
+  }
+}
+
 TEST(AttentionPlan, DecodeFitsEveryCard) {
   for_each_case([](const CardMemory& card, int head_dim, int kv_bytes) {
     const DecodePlan plan = plan_decode(card.max_smem, card.smem_per_sm, head_dim, kv_bytes);
