@@ -48,6 +48,7 @@ struct alignas(16) Work {
   int first_item;               // that of chunk 0
   int is_whole;                 // the item is the whole sequence
   int slot;                     // with_rope: of the last token in the cache; below 0: none
+  int is_last;                  // of the CTA's, and whole, so that nothing is left to do
 
   __device__ int rows(int group) const { return query_len * group; }
   __device__ int rows_of_tile(int group) const {

@@ -97,13 +97,21 @@ struct Memory {
 
 __device__ __forceinline__ Work broadcast(const Work& w, int lane) {
   const auto get = [&](int v) { return __shfl_sync(kAll, v, lane); };
-  return {get(w.item),        get(w.kv_head),
-          get(w.row_tile),    get(w.seq),
-          get(w.query_begin), get(w.query_len),
-          get(w.context),     get(w.tile_begin),
-          get(w.tile_end),    get(w.first_chunk),
-          get(w.num_chunks),  get(w.first_item),
-          get(w.is_whole),    -1};
+  return {get(w.item),
+          get(w.kv_head),
+          get(w.row_tile),
+          get(w.seq),
+          get(w.query_begin),
+          get(w.query_len),
+          get(w.context),
+          get(w.tile_begin),
+          get(w.tile_end),
+          get(w.first_chunk),
+          get(w.num_chunks),
+          get(w.first_item),
+          get(w.is_whole),
+          -1,
+          0};
 }
 
 // With a window ranges would be unequal, for many chunks lie before it; with whole sequences, for
@@ -206,7 +214,9 @@ class Copier {
         w.tile_begin = w.tile_end = 0;
       }
       todo &= todo - 1;
+      w.is_last = unit >= end && todo == 0 && !w.is_part() ? 1 : 0;
       copy(w);
+      has_more = has_more && w.is_last == 0;
     }
   }
 
@@ -284,10 +294,19 @@ class Copier {
         tile = begin;
       }
       const bool is_done = !is_v && begin == w.tile_end;
-      // q and this step's K and V come from the kernel before.
-      if (!is_announced && (is_done || has_q_ || tile >= old_tiles || copied_ >= kStages)) {
-        is_announced = true;
-        if (kRope) announce(w, new_slot, has_q_);
+      if (!is_done && !is_v && tile == begin) {  // lanes 0 to 15 have a piece of 16 tokens each
+        const int chunk = begin / kChunkTiles, token = chunk * kKvChunk + 16 * lane_;
+        end = min(w.tile_end, (chunk + 1) * kChunkTiles);
+        has_piece = lane_ < kKvChunk / 16 && token < w.context;
+        const int index = p_.block_size.quotient(token);
+        slot = token - index * p_.attn.kv.block_size;
+        block = has_piece ? table[index] : 0;
+      }
+      // q and this step's K and V come from the kernel before; with kRope who computes waits for
+      // the first q.
+      if (kRope && !is_announced) announce(w, new_slot, has_q_), is_announced = true;
+      const bool must_wait = is_done || tile >= old_tiles || copied_ >= kStages;
+      if (kRope ? !has_q_ && must_wait : !is_announced && (has_q_ || must_wait)) {
         if (!has_q_) {
           // What has no room in the ring yet comes into L2.
           const int mine = begin / kChunkTiles * kChunkTiles + lane_ / 4;
@@ -297,21 +316,13 @@ class Copier {
           }
           wait_for_previous();
         }
-        if (!kRope) announce(w, new_slot, true);
+        if (!kRope) announce(w, new_slot, true), is_announced = true;
         // What the next kernel fetches comes behind what this one waits for. (Where there is much
         // to do the next has no room beside it anyway.)
         if (!has_q_) let_next_start();
         has_q_ = true;
       }
       if (is_done) break;
-      if (!is_v && tile == begin) {  // lanes 0 to 15 have a piece of 16 tokens of the chunk each
-        const int chunk = begin / kChunkTiles, token = chunk * kKvChunk + 16 * lane_;
-        end = min(w.tile_end, (chunk + 1) * kChunkTiles);
-        has_piece = lane_ < kKvChunk / 16 && token < w.context;
-        const int index = p_.block_size.quotient(token);
-        slot = token - index * p_.attn.kv.block_size;
-        block = has_piece ? table[index] : 0;
-      }
       const int valid = min(kTile, w.context - tile * kTile);
       wait(memory_.empty(place_.stage), place_.phase ^ 1);
       const uint32_t full = memory_.full(place_.stage);
@@ -342,7 +353,7 @@ __device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
     wait(memory.unit_full(unit.stage), unit.phase);
     Work w = memory.work(unit.stage);
     arrive(memory.unit_empty(unit.stage));
-    if (w.item < 0) return;
+    if (w.item < 0 || w.is_last != 0) return;
     if (!w.is_part()) continue;
     wait(memory.part_written(), phase);
     phase ^= 1;
@@ -374,7 +385,7 @@ class Computer {
         attend(w);
       }
       if (has_part) finish_part();
-      if (is_done) break;
+      if (is_done || w.is_last != 0) break;
       has_part = w.is_part();
       __syncwarp();
       if (lane_ == 0) {
@@ -577,7 +588,7 @@ class Computer {
     }
     sync();
     // Not all four beside each other: what runs once a launch takes longer to fetch than to run.
-#pragma unroll 1
+#pragma unroll(kIsFp8<C> ? 2 : 1)
     for (int i = 0; i < kChunkTiles; ++i) {
       const int tile = begin / kChunkTiles * kChunkTiles + i;
       if (tile < begin || tile >= end) continue;
@@ -616,7 +627,7 @@ class Computer {
     for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = 0;
-#pragma unroll 1
+#pragma unroll 2
     for (int k2 = 0; k2 < D / 32; ++k2) {
       uint32_t q[2][4];
 #pragma unroll

@@ -138,6 +138,10 @@ __device__ __forceinline__ void copy(const Params& p, const Memory& memory,
   Place place;
   int ahead = 0;
   for (; ahead < plan.ahead && next.tile < p.num_tiles; ++ahead) {
+    if (ahead >= plan.paced) {
+      if (plan.lets_start) let_next_start();
+      wait(memory.full(ahead - plan.paced), 0);
+    }
     copy_w(next, place.stage);
     next.advance(p);
     place.advance(plan.stages);

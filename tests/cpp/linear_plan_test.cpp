@@ -110,6 +110,10 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             const int64_t blocks = (m + p.rows - 1) / p.rows;
             EXPECT_TRUE(p.ctas >= 1 && (p.ctas == 1 || p.ctas * blocks <= card.sms));
             EXPECT_TRUE(p.ahead >= 1 && p.ahead <= p.stages);
+            EXPECT_TRUE(p.paced >= 1 && p.paced <= p.ahead);
+            EXPECT_TRUE(p.held || p.paced == p.ahead);
+            // Two vectors a thread of 256, of rows that norm.cu sums in at most 16 warps.
+            EXPECT_EQ(p.held, norm && k / 8 <= 512 && m * ((k / 8 + 31) / 32) <= 16);
           }
 }
 
@@ -152,6 +156,8 @@ TEST(LinearPlanSm90, OneCtaOfAKernelOnAMultiprocessorBesideTheNextKernels) {
         }
   const auto o = plan(1, 1024, 2048, false), gate_up = plan(1, 6144, 1024, true);
   EXPECT_LE(o.smem + gate_up.smem + 2 * kReserved, kPerSm);
+  EXPECT_LT(gate_up.paced, gate_up.ahead);
+  EXPECT_LE(gate_up.paced * gate_up.stage_bytes, 48 * 1024);
   // Many weights need the room themselves.
   EXPECT_GT(plan(1, 28672, 4096, false).smem, 150 * 1024);
 }
