@@ -150,8 +150,6 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
     }
   }
   best.whole = norm || (m <= 16 && 2 * m * k <= kSkinnyWholeBytes);
-  const int64_t parts = (k / 8 + 31) / 32;  // that a warp of norm.cu has of a row, 16 at most
-  best.held = norm && parts <= 16 && m * parts <= int64_t{8} * kSkinnyHeldVectors;
   best.atoms = SkinnySm90Plan::stage_atoms(best.rows, best.tile);
   const auto aligned = [](int bytes) {
     return (bytes + kSkinnyAlign - 1) / kSkinnyAlign * kSkinnyAlign;
@@ -159,6 +157,10 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   best.stage_bytes = best.atoms * best.tile * kStripRows * 128 +
                      aligned(best.whole ? 0 : best.atoms * best.rows * 128);
   const int64_t columns = (k + 64 * best.atoms - 1) / (64 * best.atoms) * (64 * best.atoms);
+  // Only the copy engine fills columns behind x with zeros. `parts`: what a warp of norm.cu has of
+  // a row, 16 at most.
+  const int64_t parts = (k / 8 + 31) / 32;
+  best.held = norm && columns == k && parts <= 16 && m * parts <= int64_t{8} * kSkinnyHeldVectors;
   if (best.whole) {  // then the norm's fp32 weights and the sums of 16 warps a row
     best.whole_bytes = static_cast<int>(m * columns * 2);
     best.x_bytes = best.whole_bytes + static_cast<int>(norm ? k * 4 + m * 64 : 0);

@@ -113,7 +113,8 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_TRUE(p.paced >= 1 && p.paced <= p.ahead);
             EXPECT_TRUE(p.held || p.paced == p.ahead);
             // Two vectors a thread of 256, of rows that norm.cu sums in at most 16 warps.
-            EXPECT_EQ(p.held, norm && k / 8 <= 512 && m * ((k / 8 + 31) / 32) <= 16);
+            EXPECT_EQ(p.held, norm && k % (64 * p.atoms) == 0 && k / 8 <= 512 &&
+                                  m * ((k / 8 + 31) / 32) <= 16);
           }
 }
 
