@@ -197,14 +197,17 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   best.smem = std::max(best.stages * best.stage_bytes + fixed, leaves_room ? 0 : half + 1024);
   best.holds_all = best_rounds == 1 && best.stages * best.atoms * 64 >= k;
   best.lets_start = norm || best.holds_all || leaves_room;
-  // Of few weights some, half where the ring is full, come while x is normalised: all at once would
-  // delay x, but for what does not come by the copy engine.
-  best.ahead = norm && best.holds_all && !best.held ? (best.stages + 1) / 2 : best.stages;
-  // And what does not delay x delays the kernel before: its last results stood behind 95 KB of
-  // `gate_up` on every multiprocessor for 1.5 us.
-  constexpr int kPaced = 48 * 1024;
-  best.paced = best.held && best.holds_all ? std::clamp(kPaced / best.stage_bytes, 1, best.ahead)
-                                           : best.ahead;
+  // Few weights come in time anyway, and what comes before x delays x and the last results of the
+  // kernel before, which stand behind it (1.5 us behind 95 KB of `gate_up` on every
+  // multiprocessor). So only some are asked for before x, or, where x does not come by the copy
+  // engine, all, but no more than some at a time.
+  constexpr int kPaced = 48 * 1024, kBesideNorm = 32 * 1024, kBesideRows = 16 * 1024;
+  const int w_bytes = best.atoms * best.tile * kStripRows * 128;  // of a stage
+  best.ahead = best.stages;
+  if (is_wide ? weights <= half : norm && best.holds_all && !best.held)
+    best.ahead = std::clamp((is_wide ? kBesideRows : kBesideNorm) / w_bytes, 1, best.stages);
+  best.paced = best.ahead;
+  if (best.held && best.holds_all) best.paced = std::clamp(kPaced / w_bytes, 1, best.ahead);
   return best;
 }
 
