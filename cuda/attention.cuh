@@ -191,7 +191,7 @@ __device__ __forceinline__ void mask_row(Scores& s, int r, int tile_begin, int p
                                          int window) {
   const int first = first_visible(position, window);
   const uint32_t token0 = tile_begin + 2 * (threadIdx.x % 4) - first;
-  const uint32_t visible = position + 1 - first;
+  const uint32_t visible = max(position + 1 - first, 0);
 #pragma unroll
   for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll

@@ -147,6 +147,14 @@ struct Sums {
       for (int i = 0; i < 8; ++i)
         o[u][i / 4][i % 4] = __fmul_rn(o[u][i / 4][i % 4], alpha[i % 4 / 2]);
   }
+  // Into nothing, with the bits of a merge: -0 becomes 0.
+  __device__ __forceinline__ void take(const Sums& chunk) {
+    *this = chunk;
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) o[u][i / 4][i % 4] = __fadd_rn(o[u][i / 4][i % 4], 0.0f);
+  }
   __device__ __forceinline__ void merge(const Sums& chunk, float c) {
     const MergeFactors f[2] = {merge_max(m[0], chunk.m[0], c), merge_max(m[1], chunk.m[1], c)};
 #pragma unroll

@@ -5,8 +5,8 @@
 // slots. Persistent CTAs, two a multiprocessor where they fit, of six warps:
 // - One copies, and nothing else: K and V in tiles of 64 tokens, pieces of 16 slots by TMA, through
 //   one ring that does not stop (of a chunk: K of its tiles, then V), and q and a description of
-//   each piece of work. Tiles that were there before this step come before the wait for the kernel
-//   before.
+//   each piece of work (with kRope the first q is fetched by who computes). Tiles that were there
+//   before this step come before the wait for the kernel before.
 // - Four compute, a chunk of 256 tokens at a time. A warp has the scores of one tile; with the row
 //   maxima of all four it knows those that a walk through the tiles would have seen, so its P has
 //   the same bits. In P V, a warp has all tokens and a part of the dimensions. Two barriers a
@@ -548,7 +548,7 @@ class Computer {
         write_partial<C, D>(p_, w, item, chunk);
       } else {
         if (begin == w.tile_begin) {
-          total = chunk;
+          total.take(chunk);
         } else {
           total.merge(chunk, p_.scale.c);
         }
@@ -566,7 +566,8 @@ class Computer {
     for (int tile = begin; tile < end; ++tile, place_.advance(kStages)) {
       if (tile != mine) continue;
       wait(memory_.full(place_.stage), place_.phase);
-      if (const int valid = context_ - tile * kTile; kRope && valid <= kTile) {  // the last tile
+      if (const int valid = context_ - tile * kTile;
+          kRope && valid > 0 && valid <= kTile) {  // the last tile
         constexpr int kSegments = D * static_cast<int>(sizeof(C)) / 16;
         static_assert(kSegments <= 32);
         if (lane_ < kSegments) insert(memory_.tile(place_.stage), valid - 1, false, lane_);
@@ -705,7 +706,7 @@ class Computer {
         asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + Layout::at(row, segment)),
                      "r"(0)
                      : "memory");
-      if (kRope && lane < kSegments) insert(v, valid - 1, true, segment);
+      if (kRope && valid > 0 && lane < kSegments) insert(v, valid - 1, true, segment);
     }
     __syncwarp();
   }

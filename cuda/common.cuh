@@ -34,7 +34,7 @@ void prefer_shared_memory(Kernel kernel, const char* name) {
 // Programmatic dependent launch (CUDA guide, Hopper on): a kernel is put on the card before the one
 // before it has ended, and waits itself. let_next_start() allows the next kernel onto the card.
 // Whoever calls it after the own wait_for_previous() has at most one older kernel beside the next
-// one. Products that have a norm, or whose weights are all on their way, call it before: what
+// one. Products that have a norm, or room for the next kernel beside them, call it before: what
 // follows has much to look up or to fetch, and it runs beside two or more. Every kernel waits
 // before it ends (some block of it must), so where a wait returns, all older kernels have ended.
 // Before its wait a kernel that was launched with launch() writes nothing and reads only what no

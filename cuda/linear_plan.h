@@ -204,6 +204,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   constexpr int kPaced = 48 * 1024, kBesideNorm = 32 * 1024, kBesideRows = 16 * 1024;
   const int w_bytes = best.atoms * best.tile * kStripRows * 128;  // of a stage
   best.ahead = best.stages;
+  if (best.stages < kMinStages) return best;  // no kernel's
   if (is_wide ? weights <= half : norm && best.holds_all && !best.held)
     best.ahead = std::clamp((is_wide ? kBesideRows : kBesideNorm) / w_bytes, 1, best.stages);
   best.paced = best.ahead;

@@ -7,15 +7,15 @@
 // tiles of up to 16 strips of 8 weight rows (gated: pairs, of the gate and of the others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
 // four warps (eight with more than 64 rows of x) multiply. x comes through the same ring, or as a
-// whole, and is normalised where it lies, by every CTA. Both operands are read from shared memory
-// by the tensor core itself: with up to 16 rows of x W is A (64 rows, or whatever lies there where
-// they are fewer) and x is B, with more x is A and W is B. Moves N * K * 2 bytes once; bound by
-// bandwidth. What that takes: 50 KB (H100) to 150 KB (H200) in flight on every multiprocessor from
-// the kernel's first moment on (the ring fills while the kernel before still works: weights depend
-// on nobody), strips spread evenly, one CTA on every multiprocessor (see the plan), and a warp that
-// only copies. For short N the chain of K / 16 dependent products is the bound: 18 cycles each with
-// 8 rows of x, 33 with 64 of B, if they stand close; mma.sync takes 24, with the ldmatrix that it
-// needs 36.
+// whole, and is normalised by every CTA, few rows on their way into shared memory. Both operands
+// are read from shared memory by the tensor core itself: with up to 16 rows of x W is A (64 rows,
+// or whatever lies there where they are fewer) and x is B, with more x is A and W is B. Moves N * K
+// * 2 bytes once; bound by bandwidth. What that takes: 50 KB (H100) to 150 KB (H200) in flight on
+// every multiprocessor from the kernel's first moment on (the ring fills while the kernel before
+// still works: weights depend on nobody), strips spread evenly, one CTA on every multiprocessor
+// (see the plan), and a warp that only copies. For short N the chain of K / 16 dependent products
+// is the bound: 18 cycles each with 8 rows of x, 33 with 64 of B, if they stand close; mma.sync
+// takes 24, with the ldmatrix that it needs 36.
 #include <iterator>
 #include <utility>
 
@@ -263,7 +263,7 @@ __device__ __forceinline__ void normalise_held(const Params& p, const Memory& me
   synchronise_normalisers();
 }
 
-// More rows, where the copy engine has put them.
+// Other rows, where the copy engine has put them.
 // In little code: it runs once a launch, and fetching it takes longer than running it.
 template <typename T>
 __device__ __forceinline__ void normalise(const Params& p, const Memory& memory) {
@@ -351,7 +351,7 @@ struct Tile {
     int left = plan.stages - uniform(place.stage);  // in the ring
     if (whole && p.a.norm.weight == nullptr) wait(memory.x_full(), 0);
     wait(memory.full(place.stage), place.phase);
-    if constexpr (!kWide) fetch(tile, lane);  // x is there, so the copying warp has waited
+    if constexpr (!kWide) fetch(tile, lane);  // x is there, so somebody has waited
     uint32_t before_this = 0;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) pin(acc[b]);

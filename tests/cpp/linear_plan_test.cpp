@@ -111,7 +111,9 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_TRUE(p.ctas >= 1 && (p.ctas == 1 || p.ctas * blocks <= card.sms));
             EXPECT_TRUE(p.ahead >= 1 && p.ahead <= p.stages);
             EXPECT_TRUE(p.paced >= 1 && p.paced <= p.ahead);
-            EXPECT_TRUE(p.held || p.paced == p.ahead);
+            // Who waits for weights before x comes must not wait for x.
+            EXPECT_TRUE(p.paced == p.ahead || (p.held && p.holds_all && p.lets_start));
+            EXPECT_TRUE(!p.held || p.whole);
             // Two vectors a thread of 256, of rows that norm.cu sums in at most 16 warps.
             EXPECT_EQ(p.held, norm && k % (64 * p.atoms) == 0 && k / 8 <= 512 &&
                                   m * ((k / 8 + 31) / 32) <= 16);
