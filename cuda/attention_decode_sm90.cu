@@ -371,7 +371,6 @@ class Computer {
   __device__ Computer(const DecodeParams& p, const Memory<C, D>& memory) : p_(p), memory_(memory) {}
 
   __device__ void run() {
-    if constexpr (kRope) fetch_norms();
     bool has_part = false, has_q = !kRope || !p_.attn.settled;
     for (Place unit;; unit.advance(kDecodeUnits)) {
       wait(memory_.unit_full(unit.stage), unit.phase);
@@ -415,12 +414,6 @@ class Computer {
   static constexpr int kPairs = (D + 63) / 64;
   __device__ __forceinline__ bool has_pair(int k) const {
     return D % 64 == 0 || 2 * lane_ + 64 * k < D;
-  }
-
-  // The norms' weights come into L1 before anybody waits for them.
-  __device__ __forceinline__ void fetch_norms() const {
-    for (const float* weight : {p_.attn.rope.q_norm.weight, p_.attn.rope.k_norm.weight})
-      if (weight != nullptr && 32 * lane_ < D) prefetch_line(weight + 32 * lane_);
   }
 
   // The unit's q, and k and v of its new token, a row a warp; the latter go into the cache, too.

@@ -101,11 +101,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, in
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// What nobody writes: the line comes into L1.
-__device__ __forceinline__ void prefetch_line(const void* at) {
-  uint32_t unused;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(unused) : "l"(at));
-}
 // The box comes into L2.
 __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, int32_t y,
                                              int32_t z, int32_t w, int32_t v) {

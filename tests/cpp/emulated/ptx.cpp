@@ -319,8 +319,6 @@ Instruction find(std::string_view text) {
       {"mbarrier.", use_barrier},
       {"createpolicy.", [](const Call& c) { c.set(0, uint64_t{0}); }},
       {"prefetch.tensormap", [](const Call&) {}},
-      {"ld.global.nc.u32",
-       [](const Call& c) { c.set(0, *reinterpret_cast<const uint32_t*>(c.value<uint64_t>(1))); }},
       {"cp.async.bulk.prefetch", [](const Call&) {}},
       {"cp.async.bulk.tensor", copy_box},
       {"cp.async.bulk.shared", copy_bytes},
