@@ -102,7 +102,7 @@ struct SkinnySm90Plan {
 
 inline constexpr int kSkinnySm90MaxStages = 16;
 inline constexpr int kSkinnyAlign = 1024;  // of a swizzled box
-// So many vectors of 8 elements of x may have a thread that normalises.
+// Vectors of 8 elements of x, at most, that each thread holds which normalises.
 inline constexpr int kSkinnyHeldVectors = 2;
 inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing else asks for it
 
