@@ -93,9 +93,9 @@ struct SkinnySm90Plan {
   }
   // With more than 16 rows.
   static constexpr int kWideTiles[] = {2, 4, 6, 8, 12, 14, 16};
-  static constexpr bool is_wide(int tile) {
+  static constexpr bool is_wide(int tile, int rows) {
     for (const int one : kWideTiles)
-      if (one == tile) return true;
+      if (one == tile) return rows <= 128 || tile >= 4;
     return false;
   }
 };
@@ -108,12 +108,13 @@ inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing
 
 // With more rows than this, normalising them in every CTA takes longer than a kernel of its own.
 inline constexpr int64_t kSkinnyMaxNormRows = 16;
-// With more than this, cuBLASLt and an activation of its own are as fast as a gate in the product.
-inline constexpr int64_t kSkinnyMaxGateRows = 64;
+// With more than this, cuBLASLt and an activation of its own may be faster than a gate in the
+// product (Linear::fuses() knows); with more than that they are.
+inline constexpr int64_t kSkinnyMaxGateRows = 64, kSkinnyMaxTimedGateRows = 256;
 
 // Rows of x that the kernel for so many computes with.
 inline constexpr int skinny_sm90_rows(int rows) {
-  return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 64 ? 64 : 128;
+  return rows <= 8 ? 8 : rows <= 16 ? 16 : (rows + 63) / 64 * 64;
 }
 
 inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, bool gated,
@@ -124,20 +125,24 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   double best_cost = 1e300;
   int best_rounds = 1;
   const int64_t strips = (n + kStripRows - 1) / kStripRows;
-  // Row blocks, of at most 64 or 128 rows, share the multiprocessors.
-  for (int64_t most = 64; most <= (m > 64 ? 128 : 64); most *= 2) {
+  // Row blocks, of at most 64 to 256 rows, share the multiprocessors.
+  for (int64_t most = 64; most <= std::min<int64_t>((m + 63) / 64 * 64, 256); most += 64) {
     const int64_t blocks = (m + most - 1) / most, rows = (m + blocks - 1) / blocks;
     const int64_t sms = std::max<int64_t>(1, num_sms / blocks);
     const int64_t waves = (blocks + num_sms - 1) / num_sms;
     for (int tile = kMaxTile; tile >= 1; --tile) {
-      if ((gated && tile % 2 != 0) || (m > 16 && !SkinnySm90Plan::is_wide(tile))) continue;
+      if (gated && tile % 2 != 0) continue;
+      if (m > 16 && !SkinnySm90Plan::is_wide(tile, static_cast<int>(rows))) continue;
       const int64_t tiles = (strips + tile - 1) / tile;
       const auto rounds = static_cast<int>((tiles + sms - 1) / sms);
       // Of the busiest multiprocessor: rows of weights, of x (from the L2 cache, read once a round;
-      // with several row blocks the weights come from there, too), and what a round costs to begin.
+      // with several row blocks the weights come from there, too, but where one is ahead of another
+      // they come from memory again), and what a round costs to begin.
+      constexpr double kSeveralBlocks = 1.6;
       const auto x_rows = static_cast<double>(rows);
       const double x_cost = norm ? 0 : blocks > 1 || rows > 64 ? x_rows : 0.5 * x_rows;
-      const double cost = static_cast<double>(waves * rounds) * (kStripRows * tile + x_cost + 2);
+      const double cost = (blocks > 1 ? kSeveralBlocks : 1.0) *
+                          static_cast<double>(waves * rounds) * (kStripRows * tile + x_cost + 2);
       if (cost < best_cost * 0.99) {
         best_cost = cost;
         best_rounds = rounds;

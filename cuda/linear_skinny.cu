@@ -218,7 +218,7 @@ bool fuses_skinny(const SkinnyArgs& a, const Card& card) {
   if (!is_for_sm90(a, card) || a.x_stride % 8 != 0 || a.out_dtype != a.dtype) return false;
   if (a.gated && (a.accumulate || a.out_features % (2 * SkinnySm90Plan::kStripRows) != 0))
     return false;
-  if (a.norm.weight == nullptr) return a.rows <= kSkinnyMaxGateRows;
+  if (a.norm.weight == nullptr) return a.rows <= kSkinnyMaxTimedGateRows;
   return a.norm.bias == nullptr && a.rows <= kSkinnyMaxNormRows &&
          plan_skinny_sm90(a.rows, a.out_features, a.in_features, true, a.gated, card.num_sms,
                           card.max_smem, card.smem_per_sm)

@@ -6,7 +6,7 @@
 // Layouts: x [M, x_stride], W [N, w_stride], K and w_stride multiples of 64. A CTA goes through
 // tiles of up to 16 strips of 8 weight rows (gated: pairs, of the gate and of the others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
-// four warps (eight with more than 64 rows of x) multiply. x comes through the same ring, or as a
+// four warps for every 64 rows of x multiply. x comes through the same ring, or as a
 // whole, and is normalised by every CTA, few rows on their way into shared memory. Both operands
 // are read from shared memory by the tensor core itself: with up to 16 rows of x W is A (64 rows,
 // or whatever lies there where they are fewer) and x is B, with more x is A and W is B. Moves N * K
@@ -33,7 +33,7 @@ namespace {
 constexpr int kAtom = 64;  // columns of a box, 128 bytes
 constexpr int kStripRows = SkinnySm90Plan::kStripRows;
 template <int kRows>
-constexpr int kComputeWarps = kRows > 64 ? 8 : 4;
+constexpr int kComputeWarps = kRows > 64 ? kRows / 16 : 4;
 constexpr int kNormWarps = 8;
 
 struct Params {
@@ -319,8 +319,8 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
 }
 
 // A tile's products. Few rows of x are the B operand, and W, in blocks of eight strips, is A. Many
-// (kRows = 64, or 128 for two groups of four warps) are A and kShape strips of W are B: 16 outputs
-// with 64 rows take 20 cycles so, and 33 the other way.
+// (kRows = 64, or up to 256 for as many groups of four warps as have 64 each) are A and kShape
+// strips of W are B: 16 outputs with 64 rows take 20 cycles so, and 33 the other way.
 template <typename T, int kRows, int kShape>
 struct Tile {
   static constexpr bool kWide = kRows >= 64;
@@ -640,8 +640,11 @@ void launch_sm90(const Params& p, cudaStream_t stream) {
 template <typename T, int kRows>
 void launch_wide(const Params& p, cudaStream_t stream) {
   [&]<size_t... i>(std::index_sequence<i...>) {
-    constexpr const auto& kTiles = SkinnySm90Plan::kWideTiles;
-    ((p.plan.tile == kTiles[i] ? launch_sm90<T, kRows, kTiles[i]>(p, stream) : void()), ...);
+    const auto launch_if = [&](auto tile) {
+      if constexpr (SkinnySm90Plan::is_wide(tile(), kRows))
+        if (p.plan.tile == tile()) launch_sm90<T, kRows, tile()>(p, stream);
+    };
+    (launch_if(std::integral_constant<int, SkinnySm90Plan::kWideTiles[i]>{}), ...);
   }(std::make_index_sequence<std::size(SkinnySm90Plan::kWideTiles)>{});
 }
 
@@ -652,7 +655,7 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
   const SkinnySm90Plan plan = plan_skinny_sm90(a.rows, a.out_features, a.in_features, norm, a.gated,
                                                card.num_sms, card.max_smem, card.smem_per_sm);
   check_invariant(plan.stages >= SkinnySm90Plan::kMinStages &&
-                      (a.rows <= 16 || SkinnySm90Plan::is_wide(plan.tile)),
+                      (a.rows <= 16 || SkinnySm90Plan::is_wide(plan.tile, plan.rows)),
                   "linear_skinny: no kernel has this plan");
   const Params p{a,
                  plan,
@@ -671,8 +674,12 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
         return one ? launch_sm90<T, 16, 1>(p, stream) : launch_sm90<T, 16, 2>(p, stream);
       case 64:
         return launch_wide<T, 64>(p, stream);
-      default:
+      case 128:
         return launch_wide<T, 128>(p, stream);
+      case 192:
+        return launch_wide<T, 192>(p, stream);
+      default:
+        return launch_wide<T, 256>(p, stream);
     }
   });
 }

@@ -66,35 +66,45 @@ struct Summary {
   double mass;
 };
 
-// Of x[begin, end): a thread's sum follows its own maximum, and is scaled to the block's at the
-// end.
-__device__ Summary summarize(const float* x, int32_t begin, int32_t end, float factor,
+// What a thread has of a segment, or of a part of it: all on the way at once.
+struct Batch {
+  static constexpr int kSize = 20;
+  float v[kSize];
+  __device__ void load(const float* x, int32_t begin, int32_t end) {
+#pragma unroll
+    for (int u = 0; u < kSize; ++u) {
+      const int32_t id = begin + u * kSegmentThreads + static_cast<int32_t>(threadIdx.x);
+      v[u] = id < end ? x[id] : -kInf;
+    }
+  }
+};
+
+// Of x[begin, end), of which the first batch is there: a thread's sum follows its own maximum, and
+// is scaled to the block's at the end.
+__device__ Summary summarize(Batch batch, const float* x, int32_t begin, int32_t end, float factor,
                              bool with_mass) {
   float top = -kInf;
   int32_t at = kMaxInt;
   double mass = 0;
-  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x); i < end;
-       i += kUnroll * kSegmentThreads) {
-    float v[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int32_t id = i + u * kSegmentThreads;
-      v[u] = id < end ? clean(x[id]) : -kInf;
-    }
+  for (;;) {
     const float before = top;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (v[u] > top) {
-        top = v[u];
-        at = i + u * kSegmentThreads;
-      }
-    }
-    if (!with_mass) continue;
-    const Softmax softmax{top, factor};
-    float sum = 0;
+    for (const float v : batch.v) top = fmaxf(top, v);  // NaN is less than all, as clean() has it
+    if (top > before) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) sum += softmax.p(v[u]);
-    mass = mass * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
+      for (int u = Batch::kSize - 1; u >= 0; --u)
+        if (batch.v[u] == top) at = begin + u * kSegmentThreads + static_cast<int32_t>(threadIdx.x);
+    }
+    if (with_mass) {
+      const Softmax softmax{top, factor};
+      float sum = 0;
+#pragma unroll
+      for (const float v : batch.v) sum += softmax.p(clean(v));
+      mass = mass * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
+    }
+    begin += Batch::kSize * kSegmentThreads;
+    if (begin >= end) break;
+    batch.load(x, begin, end);
   }
   const uint64_t best = block_reduce(order_of(key_of(top), at), Min{});
   Summary s{value_of(~static_cast<uint32_t>(best >> 32)), static_cast<int32_t>(best), 0};
@@ -135,13 +145,16 @@ __device__ void process(const Sampler& s, const SamplingRow& r, const float* raw
 }
 
 // Grid: [rows, kSegments].
-__global__ void __launch_bounds__(kSegmentThreads, 6) segment_kernel(Sampler s) {
+__global__ void __launch_bounds__(kSegmentThreads, 4) segment_kernel(Sampler s) {
   wait_for_previous();
   let_next_start();
   const int row = static_cast<int>(blockIdx.x), segment = static_cast<int>(blockIdx.y);
   if (s.is_padding(row)) return;
-  const SamplingRow r = s.step->sampling[s.first + row];
   const int32_t begin = s.begin(segment), end = s.begin(segment + 1);
+  const float* raw = s.raw(row);
+  Batch batch;  // comes while the rest is looked up
+  batch.load(raw, begin, end);
+  const SamplingRow& r = s.step->sampling[s.first + row];
   constexpr int kShare = kBins / kSegments;
   if (is_narrowed(r, s.vocab) && threadIdx.x < kShare) {  // the next two kernels add to them
     const int bin = row * kBins + segment * kShare + static_cast<int>(threadIdx.x);
@@ -149,16 +162,18 @@ __global__ void __launch_bounds__(kSegmentThreads, 6) segment_kernel(Sampler s) 
     s.mass[bin] = 0;
     s.num_listed[row] = 0;
   }
-  const float* raw = s.raw(row);
   const float factor = factor_of(r);
   Summary of_raw{}, of_z{};
-  if (is_scored(r)) of_raw = summarize(raw, begin, end, 1.0f, true);
+  if (is_scored(r)) of_raw = summarize(batch, raw, begin, end, 1.0f, true);
   if (r.target < 0) {
     const bool processed = is_processed(r);
-    if (processed) process(s, r, raw, s.copy(row), begin, end);
+    if (processed) {
+      process(s, r, raw, s.copy(row), begin, end);
+      batch.load(s.copy(row), begin, end);
+    }
     of_z = !processed && is_scored(r) && factor == 1
                ? of_raw
-               : summarize(processed ? s.copy(row) : raw, begin, end, factor, !is_greedy(r));
+               : summarize(batch, processed ? s.copy(row) : raw, begin, end, factor, !is_greedy(r));
   }
   if (threadIdx.x == 0)
     s.stats[row * kSegments + segment] = {of_z.max, of_z.argmax, of_z.mass, of_raw.max,

@@ -133,7 +133,7 @@ __device__ T block_exclusive(T v) {
 // p = exp((z - base) * factor)
 struct Softmax {
   float base, factor;
-  __device__ float p(float z) const { return z > -kInf ? expf((z - base) * factor) : 0.0f; }
+  __device__ float p(float z) const { return z > -kInf ? __expf((z - base) * factor) : 0.0f; }
   __device__ uint64_t units(float z) const { return __float2ull_rn(p(z) * kMassUnits); }
   // Bins of 1/64 nat below `base`, the maximum. It never falls where z falls, -infinity and a
   // maximum that is infinite included.

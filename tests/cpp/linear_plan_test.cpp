@@ -75,8 +75,9 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
   const CardSizes& card = kCards[3];
   for (const bool norm : {false, true})
     for (const bool gated : {false, true})
-      for (const int64_t m : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 200, 256, 500, 9000})
-        for (const int64_t n : {16, 1008, 1024, 4096, 6144, 28672, 151936})
+      for (const int64_t m :
+           {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 160, 192, 200, 256, 500, 9000})
+        for (const int64_t n : {16, 1008, 1024, 4096, 6144, 28672, 34816, 151936})
           for (const int64_t k : {64, 192, 1024, 2048, 4096, 14336}) {
             const auto p =
                 plan_skinny_sm90(m, n, k, norm, gated, card.sms, card.max_smem, card.smem_per_sm);
@@ -88,13 +89,13 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             const int used = p.stages * p.stage_bytes + p.x_bytes + kLost;
             EXPECT_GE(p.smem, used + p.out_bytes + 8 * (2 * p.stages + 1));
             EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
-            EXPECT_TRUE(m <= 64 ? p.rows == m : p.rows >= 33 && p.rows <= 128)
+            EXPECT_TRUE(m <= 64 ? p.rows == m : p.rows >= 33 && p.rows <= 256)
                 << m << " " << p.rows;
             EXPECT_EQ(p.atoms,
                       SkinnySm90Plan::stage_atoms(skinny_sm90_rows(p.rows), m > 16       ? p.tile
                                                                             : p.tile > 8 ? 16
                                                                                          : 8));
-            EXPECT_TRUE(m <= 16 || SkinnySm90Plan::is_wide(p.tile));
+            EXPECT_TRUE(m <= 16 || SkinnySm90Plan::is_wide(p.tile, p.rows));
             EXPECT_TRUE(!p.holds_all || (p.tiles(n) <= card.sms && p.stages * p.atoms * 64 >= k));
             EXPECT_TRUE(p.tile >= 1 && p.tile <= 16 && (!gated || p.tile % 2 == 0));
             // What the tensor core reads behind the last weights, and behind x, is there.
@@ -118,6 +119,15 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_EQ(p.held, norm && k % (64 * p.atoms) == 0 && k / 8 <= 512 &&
                                   m * ((k / 8 + 31) / 32) <= 16);
           }
+}
+
+// Weights of a large product are read once.
+TEST(LinearPlanSm90, ManyRowsShareTheWeights) {
+  for (const int64_t m : {65, 128, 160, 192, 256}) {
+    const auto p = plan_skinny_sm90(m, 28672, 4096, false, true, 132, 227 * 1024, 228 * 1024);
+    EXPECT_EQ(p.rows, m);
+    EXPECT_GE((p.stages - 1) * p.atoms * p.tile * 1024, 28 * 1024) << m;
+  }
 }
 
 // The norms of the models that people run, at a few rows.
