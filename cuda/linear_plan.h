@@ -125,8 +125,11 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   double best_cost = 1e300;
   int best_rounds = 1;
   const int64_t strips = (n + kStripRows - 1) / kStripRows;
-  // Row blocks, of at most 64 to 256 rows, share the multiprocessors.
-  for (int64_t most = 64; most <= std::min<int64_t>((m + 63) / 64 * 64, 256); most += 64) {
+  // Row blocks, of at most 64 to 256 rows, share the multiprocessors; where a block leaves half of
+  // them without work, two of up to 32, which then read half of x each.
+  const bool is_narrow = m > 32 && m <= 64 && n <= int64_t{kStripRows} * num_sms;
+  for (int64_t most = is_narrow ? 32 : 64; most <= std::min<int64_t>((m + 63) / 64 * 64, 256);
+       most += most < 64 ? 32 : 64) {
     const int64_t blocks = (m + most - 1) / most, rows = (m + blocks - 1) / blocks;
     const int64_t sms = std::max<int64_t>(1, num_sms / blocks);
     const int64_t waves = (blocks + num_sms - 1) / num_sms;
@@ -140,8 +143,11 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
       // they come from memory again), and what a round costs to begin.
       constexpr double kSeveralBlocks = 1.6;
       const auto x_rows = static_cast<double>(rows);
-      const double x_cost = norm ? 0 : blocks > 1 || rows > 64 ? x_rows : 0.5 * x_rows;
-      const double cost = (blocks > 1 ? kSeveralBlocks : 1.0) *
+      const bool is_small = most < 64;
+      const double x_cost = norm                                     ? 0
+                            : !is_small && (blocks > 1 || rows > 64) ? x_rows
+                                                                     : 0.5 * x_rows;
+      const double cost = (blocks > 1 && !is_small ? kSeveralBlocks : 1.0) *
                           static_cast<double>(waves * rounds) * (kStripRows * tile + x_cost + 2);
       if (cost < best_cost * 0.99) {
         best_cost = cost;

@@ -471,10 +471,10 @@ struct Tile {
                  : "memory");
   }
   // Calls f(sum, row of x, strip, row of the strip).
-  template <typename F>
+  template <int kFrom = 0, int kTo = kTiles, typename F>
   __device__ __forceinline__ void for_each_sum(int lane, const F& f) {
 #pragma unroll
-    for (int t = 0; t < kTiles; ++t)
+    for (int t = kFrom; t < kTo; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         f(acc[0][t][i], 16 * warp + i / 2 * 8 + lane / 4, t, lane % 4 * 2 + i % 2);
@@ -487,13 +487,7 @@ struct Tile {
         const int col = kStripRows * (p.a.gated ? all / 2 : all) + in_strip;
         if (col < p.n) sum = with_bias<T>(p.a, sum, half * p.n + col);
       });
-    if (p.a.out_dtype == DType::f32) {  // never gated
-      for_each_sum(lane, [&](float sum, int row, int strip, int in_strip) {
-        const int col = kStripRows * (tile * kTiles + strip) + in_strip;
-        if (is_mine(row, col)) static_cast<float*>(p.a.out)[place_of(row, col)] = sum;
-      });
-      return;
-    }
+    if (p.a.out_dtype == DType::f32) return store_f32<0>(tile, lane);
     __syncwarp();  // the tile before is stored
     for_each_sum(lane, [&](float sum, int row, int strip, int in_strip) {
       store_one(staged(row, strip) + 2 * in_strip, round_linear<T>(sum));
@@ -505,6 +499,35 @@ struct Tile {
       finish<false>(tile, lane);
     }
   }
+  // Never gated; half of the strips at a time.
+  template <int kFrom>
+  __device__ __forceinline__ void store_f32(int tile, int lane) {
+    constexpr int kTo = kFrom == 0 ? (kTiles + 1) / 2 : kTiles, kVectors = 2 * (kTo - kFrom);
+    __syncwarp();  // what was there is stored
+    for_each_sum<kFrom, kTo>(lane, [&](float sum, int row, int strip, int in_strip) {
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(staged(row, 2 * (strip - kFrom)) + 4 * in_strip),
+                   "f"(sum)
+                   : "memory");
+    });
+    __syncwarp();
+#pragma unroll 1
+    for (int item = lane; item < 16 * kVectors; item += 32) {
+      const int row = 16 * warp + item / kVectors, vector = item % kVectors;
+      const int col = kStripRows * (tile * kTiles + kFrom) + 4 * vector;
+      if (!is_mine(row, col)) continue;
+      float* out = static_cast<float*>(p.a.out) + place_of(row, col);
+      const uint4 bits = load_shared(staged(row, vector));
+      if (p.vectors && col + 4 <= p.n) {
+        *reinterpret_cast<uint4*>(out) = bits;
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (col + i < p.n) out[i] = reinterpret_cast<const float*>(&bits)[i];
+      }
+    }
+    if constexpr (kTo < kTiles) store_f32<kTo>(tile, lane);
+  }
+
   template <bool kGated>
   __device__ __forceinline__ void finish(int tile, int lane) const {
     using Elements = Vec<T, kStripRows>;
