@@ -198,11 +198,17 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   constexpr int kWideStages = kMinStages + 1;
   const bool is_wide = m > 16, grows = is_wide && n > k && best.ctas == num_sms;
   const bool has_stages = (half - 1024 - fixed) / best.stage_bytes >= kWideStages;
-  const bool leaves_room = weights <= half && (is_wide ? grows && has_stages : norm);
+  // A gate's product with a norm (`gate_up`) leaves room even where it has some times as many
+  // weights as fit: its first ones come while `o` computes, whose end it need not wait for to
+  // begin.
+  constexpr int kGateTimes = 5;
+  const bool leaves_room = is_wide ? weights <= half && grows && has_stages
+                                   : norm && weights <= (gated ? kGateTimes : 1) * half;
   const int room = (leaves_room ? half - 1024 : half + 1024) - fixed;
   constexpr int kEnough = 56 * 1024;  // bytes in flight
   const bool is_large =
-      room < std::max(kEnough, kMinStages * best.stage_bytes) || weights > int64_t{4} * half ||
+      room < std::max(kEnough, kMinStages * best.stage_bytes) ||
+      (weights > int64_t{2} * half && !leaves_room) ||
       (is_wide && !leaves_room && (m > 64 || room < kWideStages * best.stage_bytes));
   best.stages = std::min((is_large ? whole : room) / best.stage_bytes, kSkinnySm90MaxStages);
   best.smem = std::max(best.stages * best.stage_bytes + fixed, leaves_room ? 0 : half + 1024);
@@ -212,14 +218,16 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // kernel before, which stand behind it (1.5 us behind 95 KB of `gate_up` on every
   // multiprocessor). So only some are asked for before x, or, where x does not come by the copy
   // engine, all, but no more than some at a time.
-  constexpr int kPaced = 48 * 1024, kBesideNorm = 32 * 1024, kBesideRows = 16 * 1024;
+  constexpr int kPaced = 48 * 1024, kPacedPart = 24 * 1024;
+  constexpr int kBesideNorm = 32 * 1024, kBesideRows = 16 * 1024;
   const int w_bytes = best.atoms * best.tile * kStripRows * 128;  // of a stage
   best.ahead = best.stages;
   if (best.stages < kMinStages) return best;  // no kernel's
   if (is_wide ? weights <= half : norm && best.holds_all && !best.held)
     best.ahead = std::clamp((is_wide ? kBesideRows : kBesideNorm) / w_bytes, 1, best.stages);
   best.paced = best.ahead;
-  if (best.held && best.holds_all) best.paced = std::clamp(kPaced / w_bytes, 1, best.ahead);
+  if (best.held && (best.holds_all || leaves_room))
+    best.paced = std::clamp((best.holds_all ? kPaced : kPacedPart) / w_bytes, 1, best.ahead);
   return best;
 }
 

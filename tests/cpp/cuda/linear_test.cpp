@@ -323,6 +323,7 @@ TEST_P(LinearTest, FusedInFullSize) {
                {1, 4096, 14336},
                {32, 28672, 4096},
                {50, 6144, 1024},
+               {1, 16384, 2048},
                {100, 6144, 512},
                {160, 6144, 256},
                {250, 8192, 128}});
@@ -347,7 +348,7 @@ TEST_P(LinearTest, FusesWhatFits) {
 // Above 64 rows a gate is fused where that takes less time; either way the bits are the same.
 TEST_P(LinearTest, GatesOfPreparedPlansHaveTheSameBits) {
   if (card_.arch != 90) GTEST_SKIP() << "nothing is fused on this card";
-  const Weight w(512, 128, GetParam(), false, 1), head(100, 128, GetParam(), false, 2);
+  const Weight w(512, 64, GetParam(), false, 1), head(100, 64, GetParam(), false, 2);
   const auto l = linear(true);
   l->prepare({&w.w, &head.w}, 300);
   LinearArgs gated;
@@ -355,7 +356,7 @@ TEST_P(LinearTest, GatesOfPreparedPlansHaveTheSameBits) {
   EXPECT_TRUE(l->fuses(w.w, gated, 64));
   EXPECT_FALSE(l->fuses(w.w, gated, 257));
   for (const int64_t m : {65, 130, 200, 256}) {
-    const Rows x(m, 128, GetParam(), 3);
+    const Rows x(m, 64, GetParam(), 3);
     const Out product(m, 512, GetParam()), own(m, 256, GetParam()), together(m, 256, GetParam());
     l->run(x.tensor, w.w, {}, product.tensor, nullptr);
     cuda::activation(product.tensor.data, product.stride, m, 256, gated.act, true, GetParam(),
