@@ -450,7 +450,7 @@ struct Linear::Impl {
     // What is close is measured again, in turn: one measurement differs from the next by some
     // percent.
     constexpr float kClose = 1.06f;
-    const int again = x.rows() <= kMostWithOthers ? 2 : 1;
+    const int again = key.n * key.k < kSmallWeight ? 0 : x.rows() <= kMostWithOthers ? 2 : 1;
     for (int i = 0; i < again; ++i)
       for (Plan& plan : all) {
         if (plan.microseconds <= 0 || plan.microseconds > kClose * best) continue;
