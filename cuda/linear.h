@@ -34,7 +34,8 @@ class Linear {
   // Chooses plans by timing (or takes them from the cache file) and prepares biases. Weights of one
   // shape share plans. The last weight is lm_head: its output is fp32, its rows at most 512.
   void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows);
-  // Whether run() takes the norm and the gate of `a` for so many rows.
+  // Whether run() takes the norm and the gate of `a` for so many rows; above 64, once prepare() has
+  // found that this takes less time.
   bool fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const;
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
   // settled (common.cuh): no kernel that may still run has written the weight: none since one that

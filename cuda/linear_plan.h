@@ -101,7 +101,8 @@ struct SkinnySm90Plan {
 };
 
 inline constexpr int kSkinnySm90MaxStages = 16;
-inline constexpr int kSkinnyAlign = 1024;  // of a swizzled box
+inline constexpr int kSkinnyAlign = 1024;   // of a swizzled box
+inline constexpr int kSkinnyNormWarps = 8;  // that normalise x
 // Vectors of 8 elements of x, at most, that each thread holds which normalises.
 inline constexpr int kSkinnyHeldVectors = 2;
 inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing else asks for it
@@ -171,12 +172,13 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // Only the copy engine fills columns behind x with zeros. `parts`: what a warp of norm.cu has of
   // a row, 16 at most.
   const int64_t parts = (k / 8 + 31) / 32;
-  best.held = norm && columns == k && parts <= 16 && m * parts <= int64_t{8} * kSkinnyHeldVectors;
+  best.held = norm && columns == k && parts <= 16 &&
+              m * parts <= int64_t{kSkinnyNormWarps} * kSkinnyHeldVectors;
   if (best.whole) {  // then the norm's fp32 weights and the sums of 16 warps a row
     best.whole_bytes = static_cast<int>(m * columns * 2);
     best.x_bytes = best.whole_bytes + static_cast<int>(norm ? k * 4 + m * 64 : 0);
   }
-  // The tensor core reads 64 rows of W and 8 or 16 of x, or 64 or 128 of x, where there are fewer.
+  // The tensor core reads 64 rows of W and 8 or 16 of x, or 64 to 256 of x, where there are fewer.
   const int over = m > 16 ? (skinny_sm90_rows(best.rows) - best.rows) * 128
                           : (8 - best.tile % 8) % 8 * kStripRows * 128 + 1024;
   best.out_bytes = m > 16 ? skinny_sm90_rows(best.rows) * (best.tile + 1) * kStripRows * 2 : 0;
@@ -202,8 +204,9 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // weights as fit: its first ones come while `o` computes, whose end it need not wait for to
   // begin.
   constexpr int kGateTimes = 5;
+  const bool is_gate = gated && best.ctas == num_sms;
   const bool leaves_room = is_wide ? weights <= half && grows && has_stages
-                                   : norm && weights <= (gated ? kGateTimes : 1) * half;
+                                   : norm && weights <= (is_gate ? kGateTimes : 1) * half;
   const int room = (leaves_room ? half - 1024 : half + 1024) - fixed;
   constexpr int kEnough = 56 * 1024;  // bytes in flight
   const bool is_large =
@@ -226,7 +229,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   if (is_wide ? weights <= half : norm && best.holds_all && !best.held)
     best.ahead = std::clamp((is_wide ? kBesideRows : kBesideNorm) / w_bytes, 1, best.stages);
   best.paced = best.ahead;
-  if (best.held && (best.holds_all || leaves_room))
+  if (best.held && (best.holds_all || (leaves_room && !is_large)))
     best.paced = std::clamp((best.holds_all ? kPaced : kPacedPart) / w_bytes, 1, best.ahead);
   return best;
 }

@@ -6,16 +6,16 @@
 // Layouts: x [M, x_stride], W [N, w_stride], K and w_stride multiples of 64. A CTA goes through
 // tiles of up to 16 strips of 8 weight rows (gated: pairs, of the gate and of the others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
-// four warps for every 64 rows of x multiply. x comes through the same ring, or as a
-// whole, and is normalised by every CTA, few rows on their way into shared memory. Both operands
-// are read from shared memory by the tensor core itself: with up to 16 rows of x W is A (64 rows,
-// or whatever lies there where they are fewer) and x is B, with more x is A and W is B. Moves N * K
-// * 2 bytes once; bound by bandwidth. What that takes: 50 KB (H100) to 150 KB (H200) in flight on
-// every multiprocessor from the kernel's first moment on (the ring fills while the kernel before
-// still works: weights depend on nobody), strips spread evenly, one CTA on every multiprocessor
-// (see the plan), and a warp that only copies. For short N the chain of K / 16 dependent products
-// is the bound: 18 cycles each with 8 rows of x, 33 with 64 of B, if they stand close; mma.sync
-// takes 24, with the ldmatrix that it needs 36.
+// four warps for every 64 rows of x multiply. x comes through the same ring, or as a whole, and is
+// normalised by every CTA, few rows on their way into shared memory. Both operands are read from
+// shared memory by the tensor core itself: with up to 16 rows of x W is A (64 rows, or whatever
+// lies there where they are fewer) and x is B, with more x is A and W is B. Moves N * K * 2 bytes
+// once (with several blocks of rows, at worst as often); bound by bandwidth. What that takes: 50 KB
+// (H100) to 150 KB (H200) in flight on every multiprocessor from the kernel's first moment on (the
+// ring fills while the kernel before still works: weights depend on nobody), strips spread evenly,
+// one CTA on every multiprocessor (see the plan), and a warp that only copies. For short N the
+// chain of K / 16 dependent products is the bound: 18 cycles each with 8 rows of x, 33 with 64 of
+// B, if they stand close; mma.sync takes 24, with the ldmatrix that it needs 36.
 #include <iterator>
 #include <utility>
 
@@ -34,7 +34,7 @@ constexpr int kAtom = 64;  // columns of a box, 128 bytes
 constexpr int kStripRows = SkinnySm90Plan::kStripRows;
 template <int kRows>
 constexpr int kComputeWarps = kRows > 64 ? kRows / 16 : 4;
-constexpr int kNormWarps = 8;
+constexpr int kNormWarps = kSkinnyNormWarps;
 
 struct Params {
   SkinnyArgs a;
@@ -454,9 +454,9 @@ struct Tile {
   }
 
   // -- Many rows: by way of shared memory --
-  // [row of x][row of the tile] in 16 bits: then a lane has eight neighbours of a row, and little
-  // code makes them results. Code that runs once a launch takes longer to come than to run. A warp
-  // makes results of its own sums.
+  // [row of x][row of the tile] in 16 bits (fp32: half of the tile): then a lane has eight
+  // neighbours of a row, and little code makes them results. Code that runs once a launch takes
+  // longer to come than to run. A warp makes results of its own sums.
 
   __device__ __forceinline__ uint32_t staged(int row, int strip) const {
     return memory.out + row * (16 * kTiles + 16) + 16 * strip;

@@ -115,6 +115,9 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             EXPECT_TRUE(p.paced >= 1 && p.paced <= p.ahead);
             // Who waits for weights before x comes must not wait for x.
             EXPECT_TRUE(p.paced == p.ahead || (p.held && p.lets_start));
+            // What comes slowly, and is not all, stands beside another kernel.
+            EXPECT_TRUE(p.paced == p.ahead || p.holds_all ||
+                        p.smem <= card.smem_per_sm / 2 - 2 * 1024);
             EXPECT_TRUE(!p.held || p.whole);
             // Two vectors a thread of 256, of rows that norm.cu sums in at most 16 warps.
             EXPECT_EQ(p.held, norm && k % (64 * p.atoms) == 0 && k / 8 <= 512 &&

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <sstream>
 
 #include "device_array.h"
 
@@ -328,6 +329,9 @@ TEST_P(LinearTest, FusedInFullSize) {
                {160, 6144, 256},
                {250, 8192, 128}});
 }
+TEST_P(LinearTest, FusedOfManyRows) {
+  check_fused({{128, 14784, 64}, {192, 14784, 64}, {256, 14784, 64}});
+}
 
 TEST_P(LinearTest, FusesWhatFits) {
   if (card_.arch != 90) GTEST_SKIP() << "nothing is fused on this card";
@@ -345,29 +349,71 @@ TEST_P(LinearTest, FusesWhatFits) {
   EXPECT_FALSE(linear(true)->fuses(wide.w, gated, 65));
 }
 
-// Above 64 rows a gate is fused where that takes less time; either way the bits are the same.
+// Above 64 rows a gate is fused where the plan says so, which the file of plans keeps; either way
+// the bits are the same.
 TEST_P(LinearTest, GatesOfPreparedPlansHaveTheSameBits) {
   if (card_.arch != 90) GTEST_SKIP() << "nothing is fused on this card";
+  const auto file = std::filesystem::temp_directory_path() /
+                    ("nano-inference-gates-" + std::to_string(std::random_device{}()));
   const Weight w(512, 64, GetParam(), false, 1), head(100, 64, GetParam(), false, 2);
-  const auto l = linear(true);
-  l->prepare({&w.w, &head.w}, 300);
+  linear(true, file.string())->prepare({&w.w, &head.w}, 300);
+  std::vector<std::string> lines;
+  {
+    std::ifstream in(file);
+    for (std::string line; std::getline(in, line);) lines.push_back(line);
+  }
+  ASSERT_FALSE(lines.empty());
   LinearArgs gated;
   gated.gated = true;
-  EXPECT_TRUE(l->fuses(w.w, gated, 64));
-  EXPECT_FALSE(l->fuses(w.w, gated, 257));
-  for (const int64_t m : {65, 130, 200, 256}) {
-    const Rows x(m, 64, GetParam(), 3);
-    const Out product(m, 512, GetParam()), own(m, 256, GetParam()), together(m, 256, GetParam());
-    l->run(x.tensor, w.w, {}, product.tensor, nullptr);
-    cuda::activation(product.tensor.data, product.stride, m, 256, gated.act, true, GetParam(),
-                     own.tensor.data, own.stride, nullptr);
-    if (!l->fuses(w.w, gated, m)) {
-      EXPECT_THROW(l->run(x.tensor, w.w, gated, together.tensor, nullptr), std::invalid_argument);
-      continue;
+  for (const std::string gates : {"0", "1"}) {
+    {
+      std::ofstream out(file);
+      for (const std::string& line : lines) {
+        std::istringstream in(line);
+        std::string word;
+        for (int i = 0; in >> word; ++i) out << (i == 9 ? gates : word) << " ";
+        out << "\n";
+      }
     }
-    l->run(x.tensor, w.w, gated, together.tensor, nullptr);
+    const auto l = linear(true, file.string());
+    l->prepare({&w.w, &head.w}, 300);
+    EXPECT_EQ(l->num_timed(), 0);
+    EXPECT_TRUE(l->fuses(w.w, gated, 64));
+    EXPECT_FALSE(l->fuses(w.w, gated, 257));
+    for (const int64_t m : {65, 130, 256}) {
+      ASSERT_EQ(l->fuses(w.w, gated, m), gates == "1") << m;
+      const Rows x(m, 64, GetParam(), 3);
+      const Out product(m, 512, GetParam()), own(m, 256, GetParam()), together(m, 256, GetParam());
+      if (gates == "0") {
+        EXPECT_THROW(l->run(x.tensor, w.w, gated, together.tensor, nullptr), std::invalid_argument);
+        continue;
+      }
+      l->run(x.tensor, w.w, {}, product.tensor, nullptr);
+      cuda::activation(product.tensor.data, product.stride, m, 256, gated.act, true, GetParam(),
+                       own.tensor.data, own.stride, nullptr);
+      l->run(x.tensor, w.w, gated, together.tensor, nullptr);
+      for (int64_t r = 0; r < m; ++r)
+        ASSERT_EQ(row_bytes(together, r), row_bytes(own, r)) << m << " " << r;
+    }
+  }
+  std::filesystem::remove(file);
+}
+
+// lm_head's, whole rows of vectors and not.
+TEST_P(LinearTest, LogitsHaveTheBitsOfTheOlderKernel) {
+  cuda::Card older = card_;
+  older.arch = 80;  // cp.async, on the same card
+  uint32_t seed = 70;
+  for (const auto& [m, n] : std::vector<std::array<int64_t, 2>>{
+           {20, 3000}, {64, 33790}, {100, 17000}, {150, 16998}, {240, 17000}}) {
+    const Weight w(n, 64, GetParam(), m == 100, ++seed, 0.05f);
+    const Rows x(m, 64, GetParam(), ++seed);
+    const Out out(m, n, DType::f32), want(m, n, DType::f32);
+    cuda::linear_skinny(skinny_args(x, w, out), card_, nullptr);
+    cuda::linear_skinny(skinny_args(x, w, want), older, nullptr);
     for (int64_t r = 0; r < m; ++r)
-      ASSERT_EQ(row_bytes(together, r), row_bytes(own, r)) << m << " " << r;
+      ASSERT_EQ(row_bytes(out, r), row_bytes(want, r)) << m << " x " << n << ": " << r;
+    EXPECT_TRUE(out.memory.intact());
   }
 }
 
