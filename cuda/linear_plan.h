@@ -91,8 +91,8 @@ struct SkinnySm90Plan {
   static constexpr int stage_atoms(int rows, int tile) {
     return rows > 64 ? 1 : rows > 16 || tile > 8 ? 2 : 4;
   }
-  // With more than 16 rows. (No plan of more than 128 has so few strips: they would be less than
-  // x.)
+  // With more than 16 rows; with more than 128 none of fewer than 4, which would read x for too
+  // little.
   static constexpr int kWideTiles[] = {2, 4, 6, 8, 12, 14, 16};
   static constexpr bool is_wide(int tile, int rows) {
     for (const int one : kWideTiles)
