@@ -2,12 +2,14 @@
 #pragma once
 
 #include "backend/op_args.h"
+#include "cuda/common.cuh"
 
 namespace ni::cuda {
 
 template <Activation kAct>
 __device__ __forceinline__ float activate(float x) {
-  if constexpr (kAct == Activation::silu) return x / (1.0f + __expf(-x));
+  if constexpr (kAct == Activation::silu)
+    return x * fast_reciprocal(1.0f + fast_exp2(-1.44269504f * x));
   if constexpr (kAct == Activation::gelu_tanh)
     return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
   if constexpr (kAct == Activation::gelu) return 0.5f * x * erfcf(-0.70710678f * x);

@@ -112,18 +112,6 @@ void dispatch_attention(const AttnParams& p, const char* what, const F& f) {
 
 // -- Softmax --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float fast_reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // cap tanh(s scale / cap), tanh(x) = 1 - 2 / (exp(2 x) + 1): an absolute error of some eps * cap.
 __device__ __forceinline__ float capped_score(float s, const ScoreScale& scale) {
   const float e = fast_exp2(__fmul_rn(s, scale.cap_in));

@@ -318,7 +318,7 @@ void CudaBackend::add_norm(Tensor x, Tensor residual, const NormWeight& w, const
 }
 
 bool CudaBackend::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const {
-  return linear_->fuses(w, a, rows);
+  return !(a.rope != nullptr && is_guest()) && linear_->fuses(w, a, rows);
 }
 
 // What a prefill writes other kernels than that of decodes read, and what a copy brings must not be
@@ -337,6 +337,12 @@ void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, T
             "] for out, got ", dtype_name(out.dtype), " [", out.rows(), ", ", out.cols(), "]",
             a.accumulate ? ", and float32 cannot accumulate" : "");
   if (x.rows() == 0) return;
+  if (a.rope != nullptr) {
+    check_kv(a.rope->kv, "linear");
+    check_arg(a.rope->in->num_tokens == x.rows(), "linear: ", x.rows(), " rows, but a step of ",
+              a.rope->in->num_tokens);
+    written_slots_ = a.rope->in->slot_mapping;
+  }
   linear_->run(x, w, a, out, stream_, !is_guest());
 }
 

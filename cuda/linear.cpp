@@ -72,7 +72,8 @@ struct Plan {
   // is slow at filling in zeros.
   int64_t rows = 0;
   float microseconds = 0;  // 0: not timed
-  bool gates = false;      // our own kernel takes a gate along in less time
+  // A kernel of our own takes a gate along in less time; of many rows also QK-norm and rotation.
+  bool gates = false;
 };
 
 template <typename T>
@@ -351,27 +352,24 @@ struct Linear::Impl {
     }
   }
 
-  // Milliseconds of one product over weights in turn, so that small ones do not stay in the cache;
-  // 0: it does not run. Gives up on what is far from `best`. Short products are timed as a graph:
+  // Milliseconds of multiply_by(weight) over weights in turn, so that small ones do not stay in the
+  // cache; 0: it fails. Gives up on what is far from `best`. Short products are timed as a graph:
   // else it would be the launches that are timed.
-  float time(const Plan& plan, const Tensor& x, const std::vector<const LinearWeight*>& weights,
-             const Key& key, const Tensor& out, float best) {
+  template <typename F>
+  float time(const std::vector<const LinearWeight*>& weights, int64_t rows, float best,
+             const F& multiply_by) {
     constexpr float kShort = 0.05f;
-    const int64_t count = std::max(plan.rows, x.rows());
     ++num_timed;
     const auto run = [&](int repeats) {
-      for (int i = 0; i < repeats; ++i) {
-        const LinearWeight& w = *weights[static_cast<size_t>(i) % weights.size()];
-        if (multiply(plan, x.rows(count), w, key, out.rows(count), stream) != CUBLAS_STATUS_SUCCESS)
-          return false;
-      }
+      for (int i = 0; i < repeats; ++i)
+        if (!multiply_by(*weights[static_cast<size_t>(i) % weights.size()])) return false;
       return true;
     };
     if (!run(1)) return 0;  // the first loads the kernel
     float ms = between_events([&] { return run(2); }) / 2;
     if (ms <= 0 || (best > 0 && ms > kShort && ms > 1.5f * best)) return ms;
     if (ms > kShort) {
-      const int repeats = x.rows() > 1024 ? 2 : 6;
+      const int repeats = rows > 1024 ? 2 : 6;
       return between_events([&] { return run(repeats); }) / static_cast<float>(repeats);
     }
     constexpr int kRepeats = 30;
@@ -387,6 +385,39 @@ struct Linear::Impl {
     if (exec != nullptr) cudaGraphExecDestroy(exec);
     if (graph != nullptr) cudaGraphDestroy(graph);
     return ms;
+  }
+  float time(const Plan& plan, const Tensor& x, const std::vector<const LinearWeight*>& weights,
+             const Key& key, const Tensor& out, float best) {
+    const int64_t rows = std::max(plan.rows, x.rows());
+    return time(weights, rows, best, [&](const LinearWeight& w) {
+      return multiply(plan, x.rows(rows), w, key, out.rows(rows), stream) == CUBLAS_STATUS_SUCCESS;
+    });
+  }
+  // Of many rows: whether linear_large takes a gate along in less time than the plan and an
+  // activation take. For all weights that might have a gate, or, as qkv, something that costs as
+  // much; which have one is not known here.
+  bool large_is_faster(const Plan& plan, const Tensor& x,
+                       const std::vector<const LinearWeight*>& weights, const Key& key,
+                       const Tensor& out) {
+    const auto args = [&](const LinearWeight& w) {
+      SkinnyArgs a = skinny_args(x, w, out);
+      a.gated = true;
+      return a;
+    };
+    const int64_t rows = x.rows(), half = key.n / 2;
+    if (key.f32_out || key.n <= key.k || !fuses_large(args(*weights[0]), nullptr, card))
+      return false;
+    const float apart = time(weights, rows, 0, [&](const LinearWeight& w) {
+      const bool good = multiply(plan, x, w, key, out, stream) == CUBLAS_STATUS_SUCCESS;
+      activation(out.data, out.row_stride, rows, half, Activation::silu, true, out.dtype, out.data,
+                 out.row_stride, stream);  // in place: an element is read before it is written
+      return good;
+    });
+    const float together = time(weights, rows, apart, [&](const LinearWeight& w) {
+      linear_large_sm90(args(w), nullptr, card, stream);
+      return true;
+    });
+    return together > 0 && together <= apart;
   }
 
   // Milliseconds that f takes on the stream; 0 if it fails.
@@ -471,7 +502,9 @@ struct Linear::Impl {
         std::find_if(all.begin(), all.end(), [](const Plan& p) { return p.skinny; });
     for (Plan& plan : all)
       if (!options.batch_invariant || is_canonical(plan, x, *weights[0], key, out, other)) {
-        plan.gates = skinny != all.end() && cost(*skinny) <= plan.microseconds;
+        plan.gates = x.rows() > kSkinnyMaxTimedGateRows
+                         ? large_is_faster(plan, x, weights, key, out)
+                         : skinny != all.end() && cost(*skinny) <= plan.microseconds;
         return plan;
       }
     return {};
@@ -489,7 +522,7 @@ struct Linear::Impl {
     std::replace(name.begin(), name.end(), ' ', '_');
     return concat(name, "/", p.multiProcessorCount, "/driver", driver, "/cublaslt",
                   cublasLtGetVersion(), "/", dtype_name(options.dtype),
-                  options.batch_invariant ? "/invariant" : "/fastest", "/format8");
+                  options.batch_invariant ? "/invariant" : "/fastest", "/format9");
   }
   static std::string text_of(const Key& k) {
     return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);
@@ -657,7 +690,10 @@ bool Linear::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) con
   x.row_stride = weight_stride(w.spec.in_features);
   SkinnyArgs args = impl_->skinny_args(x, w, x);
   add_fusion(args, a);
-  if (!fuses_skinny(args, impl_->card)) return false;
+  const bool is_large = rows > kSkinnyMaxTimedGateRows;
+  if (is_large ? !fuses_large(args, a.rope, impl_->card)
+               : a.rope != nullptr || !fuses_skinny(args, impl_->card))
+    return false;
   if (rows <= kSkinnyMaxGateRows) return true;
   const auto plan = impl_->plans.find(impl_->key_of(w, {}, rows, false));
   return plan != impl_->plans.end() && plan->second.gates;
@@ -671,13 +707,17 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
                 x.row_stride >= (x.cols() + align - 1) / align * align,
             "linear: rows of x must be 16-byte aligned, and as far apart as a multiple of ", align,
             " elements; they are ", x.row_stride, " apart");
-  if (a.norm != nullptr || a.gated) {
-    check_arg(fuses(w, a, x.rows()), "linear: no such norm or gate with ", x.rows(), " rows of ",
-              x.cols(), " on this card");
+  if (a.norm != nullptr || a.gated || a.rope != nullptr) {
+    check_arg(fuses(w, a, x.rows()), "linear: no such norm, gate or rotation with ", x.rows(),
+              " rows of ", x.cols(), " on this card");
     SkinnyArgs args = impl.skinny_args(x, w, out);
     add_fusion(args, a);
     args.settled = settled;
-    linear_skinny(args, impl.card, stream);
+    if (x.rows() > kSkinnyMaxTimedGateRows) {
+      linear_large_sm90(args, a.rope, impl.card, stream);
+    } else {
+      linear_skinny(args, impl.card, stream);
+    }
     return;
   }
   const Key key = impl.key_of(w, a, x.rows(), out.dtype == DType::f32);

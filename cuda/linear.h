@@ -78,6 +78,13 @@ void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
 void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
 bool fuses_skinny(const SkinnyArgs& a, const Card& card);
 
+// -- linear_large_sm90.cu -------------------------------------------------------------------------
+// The same for many rows, at least 128, with a gate or, `rope` not null, with rope_kv_write() of
+// the result, where fuses_large() says so; the same bits.
+void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card,
+                       cudaStream_t stream);
+bool fuses_large(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card);
+
 // Adds to *count the number of elements of a and b (same type and shape) with different bits.
 void count_differences(const Tensor& a, const Tensor& b, int* count, cudaStream_t stream);
 

@@ -111,7 +111,7 @@ inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing
 // With more rows than this, normalising them in every CTA takes longer than a kernel of its own.
 inline constexpr int64_t kSkinnyMaxNormRows = 16;
 // With more than this, cuBLASLt and an activation of its own may be faster than a gate in the
-// product (Linear::fuses() knows); with more than that they are.
+// product (Linear::fuses() knows); with more than that the gate is linear_large's.
 inline constexpr int64_t kSkinnyMaxGateRows = 64, kSkinnyMaxTimedGateRows = 256;
 
 // Rows of x that the kernel for so many computes with.
@@ -233,6 +233,38 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   if (best.held && (best.holds_all || (leaves_room && !is_large)))
     best.paced = std::clamp((best.holds_all ? kPaced : kPacedPart) / w_bytes, 1, best.ahead);
   return best;
+}
+
+// -- linear_large_sm90.cu -------------------------------------------------------------------------
+
+// A tile: so many rows of x by `columns` rows of W; a stage has 64 columns of both.
+inline constexpr int kLargeTileRows = 128;
+inline constexpr int large_stage_bytes(int columns) {
+  return (kLargeTileRows + columns) * 128;
+}
+// Where 16 rows of each of 8 warps become results, half of the columns at a time.
+inline constexpr int large_out_bytes(int columns) {
+  return 8 * 16 * columns;
+}
+inline constexpr int kLargeNormBytes = 2 * 128 * 4;  // weights of QK-norm
+inline constexpr int large_stages(int columns) {
+  constexpr int kMaxSmem = 227 * 1024, kBarriers = 256;
+  return (kMaxSmem - kSkinnyAlign - kLargeNormBytes - kBarriers - large_out_bytes(columns)) /
+         large_stage_bytes(columns);
+}
+inline constexpr int large_smem(int columns) {
+  return kSkinnyAlign + large_stages(columns) * large_stage_bytes(columns) +
+         large_out_bytes(columns) + kLargeNormBytes + 8 * (2 * large_stages(columns) + 2);
+}
+// 128 or 192: those with which the busiest cluster is done first. Wide tiles read less for as much
+// arithmetic, 5% of the time.
+inline constexpr int large_columns(int64_t rows, int64_t n, int clusters, int cluster) {
+  const auto cost = [&](int columns) {
+    const int64_t row_tiles = (rows + cluster * kLargeTileRows - 1) / (cluster * kLargeTileRows);
+    const int64_t items = row_tiles * ((n + columns - 1) / columns);
+    return static_cast<double>((items + clusters - 1) / clusters * columns);
+  };
+  return 1.05 * cost(128) < cost(192) ? 128 : 192;
 }
 
 }  // namespace ni::cuda

@@ -21,6 +21,24 @@ __device__ __forceinline__ T round_linear(float v) {
   }
 }
 
+// Two at once, as they lie in memory; bf16 rounds both in one instruction.
+template <typename T>
+__device__ __forceinline__ uint32_t bits_of_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 two = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(two);
+  } else {
+    const __nv_bfloat162 two = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(two);
+  }
+}
+template <typename T>
+__device__ __forceinline__ float2 pair_of_bits(uint32_t bits) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+  return __half22float2(reinterpret_cast<const __half2&>(bits));
+}
+
 // What a sum is added to. `at`: elements from a.out.
 template <typename T>
 __device__ __forceinline__ T load_linear(const SkinnyArgs& a, int64_t at) {

@@ -109,6 +109,53 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, 
       "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
       : "memory");
 }
+
+// -- Clusters of kCluster CTAs, 1 or 2 ------------------------------------------------------------
+
+template <int kCluster>
+__device__ __forceinline__ int cluster_rank() {
+  if constexpr (kCluster == 1) return 0;
+  uint32_t rank = 0;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// All threads of all CTAs; barriers that were initialised before are then seen by all.
+template <int kCluster>
+__device__ __forceinline__ void synchronise_cluster() {
+  if constexpr (kCluster == 1) {
+    __syncthreads();
+  } else {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  }
+}
+// At the barrier of the CTA `rank` that lies where `barrier` does in this one. Orders nothing that
+// this thread wrote (a release in the cluster would wait for all of its writes, a microsecond).
+template <int kCluster>
+__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier, int rank) {
+  if constexpr (kCluster == 1) return arrive(barrier);
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+// Into every CTA, at the same place, and counted at a barrier of each.
+template <int kCluster>
+__device__ __forceinline__ void copy_box_to_cluster(uint32_t to, const CUtensorMap* map, int32_t x,
+                                                    int32_t y, uint32_t barrier) {
+  if constexpr (kCluster == 1) return copy_box(to, map, x, y, barrier);
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<uint16_t>((1 << kCluster) - 1))
+      : "memory");
+}
+
 // Consecutive bytes, a multiple of 16, from and to multiples of 16.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes,
                                            uint32_t barrier) {

@@ -99,8 +99,8 @@ class Backend {
   // residual[T, n] += x[T, n]; out = norm(residual)
   virtual void add_norm(Tensor x, Tensor residual, const NormWeight& w, const NormArgs& a,
                         Tensor out) = 0;
-  // Whether linear() takes the norm and the gate of `a` for so many rows of w, which may be known
-  // only after prepare().
+  // Whether linear() takes the norm, the gate and the rotation of `a` for so many rows of w, which
+  // may be known only after prepare().
   virtual bool fuses(const LinearWeight& /*w*/, const LinearArgs& /*a*/, int64_t /*rows*/) const {
     return false;
   }

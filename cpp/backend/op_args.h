@@ -7,6 +7,8 @@
 
 namespace ni {
 
+struct StepInputs;
+
 // How one weight matrix [out_features, in_features] is to be stored.
 struct WeightSpec {
   int64_t out_features = 0;
@@ -76,23 +78,6 @@ struct KvView {
   }
 };
 
-// What stands before and after a product. norm and gated: only where Backend::fuses() says so; then
-// the result is that of operators of their own, to the bit.
-struct LinearArgs {
-  bool accumulate = false;           // out = out + (x W^T + bias), the product rounded before
-  const NormWeight* norm = nullptr;  // x is normalised first
-  NormArgs norm_args = {};
-  bool gated = false;  // out[T, n / 2] = act(y[:, :n / 2]) * y[:, n / 2:] of y = x W^T + bias
-  Activation act = Activation::silu;
-  // Rows behind those of x and out that may be read and written: their values are nobody's.
-  int64_t spare_rows = 0;
-};
-
-struct EmbedArgs {
-  float scale = 1.0f;
-  const LinearWeight* positions = nullptr;  // learned positions (GPT-2), added after scaling
-};
-
 // cos/sin of every position; the rotation pairs dimension i with i + rotary_dim / 2 (Hugging Face's
 // order).
 struct RopeArgs {
@@ -101,6 +86,32 @@ struct RopeArgs {
   int32_t rotary_dim = 0;
   NormWeight q_norm, k_norm;  // per-head RMSNorm before the rotation (Qwen3); weight null: none
   float norm_eps = 1e-6f;
+};
+
+// What a rope_kv_write() is given beside qkv.
+struct RopeKvWrite {
+  const StepInputs* in = nullptr;
+  RopeArgs rope;
+  KvView kv;
+};
+
+// What stands before and after a product. norm, gated and rope: only where Backend::fuses() says
+// so; then the result is that of operators of their own, to the bit.
+struct LinearArgs {
+  bool accumulate = false;           // out = out + (x W^T + bias), the product rounded before
+  const NormWeight* norm = nullptr;  // x is normalised first
+  NormArgs norm_args = {};
+  bool gated = false;  // out[T, n / 2] = act(y[:, :n / 2]) * y[:, n / 2:] of y = x W^T + bias
+  Activation act = Activation::silu;
+  // Not null: out is qkv, and this follows; k and v of `out` are then nobody's.
+  const RopeKvWrite* rope = nullptr;
+  // Rows behind those of x and out that may be read and written: their values are nobody's.
+  int64_t spare_rows = 0;
+};
+
+struct EmbedArgs {
+  float scale = 1.0f;
+  const LinearWeight* positions = nullptr;  // learned positions (GPT-2), added after scaling
 };
 
 struct AttnArgs {

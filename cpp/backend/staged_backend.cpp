@@ -306,7 +306,7 @@ void StagedBackend::add_norm(Tensor x, Tensor residual, const NormWeight& w, con
 }
 
 bool StagedBackend::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const {
-  return inner_->fuses(w, a, rows);
+  return a.rope == nullptr && inner_->fuses(w, a, rows);
 }
 
 void StagedBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, Tensor out) {

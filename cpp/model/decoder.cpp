@@ -98,8 +98,7 @@ void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   add.accumulate = true;
 
   if (fused) {
-    backend_.linear(residual, w.qkv, qkv_args(w), acts_.qkv.rows(t));
-    attention(index, in);
+    attention(index, in, residual, qkv_args(w));
     backend_.linear(attn, w.o, add, residual);
     backend_.linear(residual, w.gate_up, gate_up_args(w), act);
     backend_.linear(act, w.down, add, residual);
@@ -107,8 +106,7 @@ void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   }
   LinearArgs plain;
   plain.spare_rows = acts_.residual.rows() - t;
-  backend_.linear(normed, w.qkv, plain, acts_.qkv.rows(t));
-  attention(index, in);
+  attention(index, in, normed, plain);
   backend_.linear(attn, w.o, plain, delta);
   backend_.add_norm(delta, residual, w.mlp_norm, norm_args_, normed);
 
@@ -127,29 +125,41 @@ void Decoder::layer(size_t index, const StepInputs& in, bool fused) {
   backend_.add_norm(delta, residual, next, norm_args_, normed);
 }
 
-// attn = attention of qkv, whose K and V go into the cache.
-void Decoder::attention(size_t index, const StepInputs& in) {
-  const int64_t t = in.num_tokens;
-  const LayerWeights& w = weights_.layers[index];
-  const LayerConfig& c = config_.layers[index];
-  const KvView kv = cache_.layer(index);
-  const Tensor qkv = acts_.qkv.rows(t);
-  if (in.num_copies > 0) backend_.copy_blocks(in, kv);
-  RopeArgs rope = ropes_.args(c.rope);
-  rope.q_norm = w.q_norm;
-  rope.k_norm = w.k_norm;
-  rope.norm_eps = config_.norm_eps;
+RopeKvWrite Decoder::rope_kv_write(size_t index, const StepInputs& in) const {
+  RopeKvWrite a{&in, ropes_.args(config_.layers[index].rope), cache_.layer(index)};
+  a.rope.q_norm = weights_.layers[index].q_norm;
+  a.rope.k_norm = weights_.layers[index].k_norm;
+  a.rope.norm_eps = config_.norm_eps;
+  return a;
+}
+
+AttnArgs Decoder::attention_args(size_t index) const {
   AttnArgs a;
   a.num_heads = config_.num_heads;
   a.scale = config_.attn_scale != 0.0f ? config_.attn_scale
                                        : 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
-  a.window = c.window;
-  a.rope = &rope;
-  if (!backend_.fuses(in, a, kv)) {
+  a.window = config_.layers[index].window;
+  return a;
+}
+
+// attn = attention of the product with qkv, whose K and V go into the cache.
+void Decoder::attention(size_t index, const StepInputs& in, const Tensor& x, LinearArgs product) {
+  const LinearWeight& w = weights_.layers[index].qkv;
+  const Tensor qkv = acts_.qkv.rows(in.num_tokens);
+  const RopeKvWrite write = rope_kv_write(index, in);
+  AttnArgs a = attention_args(index);
+  a.rope = &write.rope;
+  // The rotation is part of attention, or of the product, or an operator of its own.
+  if (!backend_.fuses(in, a, write.kv)) {
     a.rope = nullptr;
-    backend_.rope_kv_write(qkv, in, rope, kv);
+    product.rope = &write;
+    if (in.num_copies > 0 || !backend_.fuses(w, product, in.num_tokens)) product.rope = nullptr;
   }
-  backend_.attention(qkv, in, a, kv, acts_.attn.rows(t));
+  backend_.linear(x, w, product, qkv);
+  if (in.num_copies > 0) backend_.copy_blocks(in, write.kv);
+  if (a.rope == nullptr && product.rope == nullptr)
+    backend_.rope_kv_write(qkv, in, write.rope, write.kv);
+  backend_.attention(qkv, in, a, write.kv, acts_.attn.rows(in.num_tokens));
 }
 
 Tensor Decoder::logits(const StepInputs& in, int first, int count) {

@@ -48,7 +48,9 @@ class Decoder {
   LinearArgs qkv_args(const LayerWeights& w) const;
   LinearArgs gate_up_args(const LayerWeights& w) const;
   void layer(size_t index, const StepInputs& in, bool fused);
-  void attention(size_t index, const StepInputs& in);
+  RopeKvWrite rope_kv_write(size_t index, const StepInputs& in) const;
+  AttnArgs attention_args(size_t index) const;
+  void attention(size_t index, const StepInputs& in, const Tensor& x, LinearArgs product);
 
   const ModelConfig& config_;
   const Weights& weights_;

@@ -379,8 +379,7 @@ TEST_P(LinearTest, GatesOfPreparedPlansHaveTheSameBits) {
     l->prepare({&w.w, &head.w}, 300);
     EXPECT_EQ(l->num_timed(), 0);
     EXPECT_TRUE(l->fuses(w.w, gated, 64));
-    EXPECT_FALSE(l->fuses(w.w, gated, 257));
-    for (const int64_t m : {65, 130, 256}) {
+    for (const int64_t m : {65, 130, 256, 300}) {
       ASSERT_EQ(l->fuses(w.w, gated, m), gates == "1") << m;
       const Rows x(m, 64, GetParam(), 3);
       const Out product(m, 512, GetParam()), own(m, 256, GetParam()), together(m, 256, GetParam());
@@ -397,6 +396,123 @@ TEST_P(LinearTest, GatesOfPreparedPlansHaveTheSameBits) {
     }
   }
   std::filesystem::remove(file);
+}
+
+// linear_large with a gate, of few multiprocessors too, so that both groups of warps have several
+// tiles: ring and turns go round.
+TEST_P(LinearTest, LargeGatesHaveTheBitsOfOperatorsOfTheirOwn) {
+  if (card_.arch != 90) GTEST_SKIP() << "nothing is fused on this card";
+  cuda::Card few = card_;
+  few.num_sms = 2;
+  uint32_t seed = 90;
+  for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{
+           {128, 128, 448}, {130, 214, 64}, {300, 1544, 64}, {257, 768, 320}}) {
+    const Weight w(n, k, GetParam(), m == 300, ++seed, 0.2f);
+    const Rows x(m, k, GetParam(), ++seed);
+    const Out product(m, n, GetParam()), own(m, n / 2, GetParam());
+    skinny(x, w, product);
+    cuda::activation(product.tensor.data, product.stride, m, n / 2, Activation::silu, true,
+                     GetParam(), own.tensor.data, own.stride, nullptr);
+    for (const cuda::Card& card : {card_, few}) {
+      const Out together(m, n / 2, GetParam());
+      cuda::SkinnyArgs a = skinny_args(x, w, together);
+      a.gated = true;
+      ASSERT_TRUE(cuda::fuses_large(a, nullptr, card));
+      cuda::linear_large_sm90(a, nullptr, card, nullptr);
+      for (int64_t r = 0; r < m; ++r)
+        ASSERT_EQ(row_bytes(together, r), row_bytes(own, r)) << m << " x " << n << ": " << r;
+      EXPECT_TRUE(together.memory.intact() && x.memory.intact());
+    }
+    cuda::SkinnyArgs a = skinny_args(x, w, own);
+    a.gated = true;
+    a.act = Activation::gelu_tanh;
+    EXPECT_FALSE(cuda::fuses_large(a, nullptr, card_));
+    EXPECT_THROW(cuda::linear_large_sm90(a, nullptr, card_, nullptr), std::logic_error);
+  }
+}
+
+// linear_large with what rope_kv_write() does: its bits in q and in the cache.
+TEST_P(LinearTest, LargeRotatesAsRopeKvWrite) {
+  if (card_.arch != 90) GTEST_SKIP() << "nothing is fused on this card";
+  cuda::Card few = card_;
+  few.num_sms = 2;
+  constexpr int32_t kHeads = 3, kKvHeads = 2, kBlock = 16, kPositions = 50;
+  uint32_t seed = 95;
+  for (const auto& [m, d, normalises, turns] :
+       std::vector<std::tuple<int64_t, int32_t, bool, bool>>{{131, 128, true, true},
+                                                             {128, 64, true, true},
+                                                             {300, 64, false, true},
+                                                             {290, 128, true, false}}) {
+    const int64_t n = (kHeads + 2 * kKvHeads) * d, k = 128;
+    const Weight w(n, k, GetParam(), m == 131, ++seed, 0.2f);
+    const Rows x(m, k, GetParam(), ++seed);
+    std::vector<int32_t> positions;
+    std::vector<int64_t> slots;
+    const auto blocks = static_cast<int32_t>(m / kBlock + 2);
+    for (int64_t r = 0; r < m; ++r) {
+      positions.push_back(static_cast<int32_t>(r * 7 % kPositions));
+      slots.push_back(r % 10 == 9 ? -1 : (r * 11 + 5) % (int64_t{blocks} * kBlock));
+    }
+    const DeviceArray<int32_t> position_memory(positions);
+    const DeviceArray<int64_t> slot_memory(slots);
+    const auto angles = static_cast<size_t>(kPositions * d / 2);
+    const DeviceArray<float> cos(normal_floats(angles, ++seed)), sin(normal_floats(angles, ++seed));
+    const DeviceArray<float> q_norm(normal_floats(static_cast<size_t>(d), ++seed)),
+        k_norm(normal_floats(static_cast<size_t>(d), ++seed));
+    StepInputs in;
+    in.num_tokens = static_cast<int32_t>(m);
+    in.positions = position_memory.data();
+    in.slot_mapping = slot_memory.data();
+    RopeKvWrite write;
+    write.in = &in;
+    if (turns) write.rope = {cos.data(), sin.data(), d, {}, {}, 1e-6f};
+    if (normalises)
+      write.rope.q_norm.weight = q_norm.data(), write.rope.k_norm.weight = k_norm.data();
+    const auto cache = [&](DeviceMatrix& keys, DeviceMatrix& values) {
+      KvView kv;
+      kv.k = keys.data();
+      kv.v = values.data();
+      kv.dtype = GetParam();
+      kv.num_blocks = blocks;
+      kv.block_size = kBlock;
+      kv.num_kv_heads = kKvHeads;
+      kv.head_dim = d;
+      kv.k_tile = 1;
+      return kv;
+    };
+    const int64_t cache_rows = int64_t{blocks} * kBlock * kKvHeads;
+    DeviceMatrix own_k(cache_rows, d, GetParam()), own_v(cache_rows, d, GetParam());
+    const Out own(m, n, GetParam());
+    skinny(x, w, own);
+    cuda::rope_kv_write(own.tensor.data, own.stride, m, kHeads, in.positions, in.slot_mapping,
+                        write.rope, cache(own_k, own_v), GetParam(), false, nullptr);
+    const auto bytes = [](const DeviceMatrix& memory) {
+      std::vector<char> all(memory.bytes());
+      memory.download(all.data(), all.size());
+      return all;
+    };
+    for (const cuda::Card& card : {card_, few}) {
+      DeviceMatrix keys(cache_rows, d, GetParam()), values(cache_rows, d, GetParam());
+      write.kv = cache(keys, values);
+      const Out together(m, n, GetParam());
+      const cuda::SkinnyArgs a = skinny_args(x, w, together);
+      ASSERT_TRUE(cuda::fuses_large(a, &write, card));
+      cuda::linear_large_sm90(a, &write, card, nullptr);
+      const auto q_bytes = static_cast<int64_t>(2 * kHeads * d);
+      for (int64_t r = 0; r < m; ++r) {
+        if (slots[static_cast<size_t>(r)] < 0) continue;  // what becomes of padding is nobody's
+        auto want = row_bytes(own, r), got = row_bytes(together, r);
+        want.resize(static_cast<size_t>(q_bytes));
+        got.resize(static_cast<size_t>(q_bytes));
+        ASSERT_EQ(got, want) << m << " rows, heads of " << d << ": " << r;
+      }
+      EXPECT_EQ(bytes(keys), bytes(own_k)) << d;
+      EXPECT_EQ(bytes(values), bytes(own_v)) << d;
+      EXPECT_TRUE(together.memory.intact() && keys.intact() && values.intact());
+    }
+    write.kv.dtype = DType::fp8_e4m3;
+    EXPECT_FALSE(cuda::fuses_large(skinny_args(x, w, own), &write, card_));
+  }
 }
 
 // lm_head's, whole rows of vectors and not.

@@ -1,0 +1,557 @@
+// linear_large on Hopper: y[m, n] = sum over k of x[m, k] W[n, k] (+ bias) for many rows, in the
+// canonical order (see linear_skinny.cu), with what follows in a decoder layer:
+//   y := round(silu(y[:, :n / 2]) * y[:, n / 2:])     or, of qkv, rope_kv_write() (rope_kv.cu)
+// each rounded like the operators of their own, so fused and separate give the same bits.
+//
+// Layouts: x [M, x_stride], M >= 128; W [N, w_stride]; K and w_stride multiples of 64. A tile is
+// 128 rows of x by kColumns rows of W, gated: half of them of the gate, half of the others. Two
+// groups of four warps take tiles in turn: while one makes results of its sums, the tensor core is
+// the other's. A warp brings both operands, 64 columns a stage, by the copy engine through a ring
+// in shared memory. Two CTAs of a cluster have tiles below each other; each brings half of the rows
+// of W for both. Bound by arithmetic, in truth by the power that the card may draw.
+// (The order of work follows the "ping-pong" kernels of CUTLASS 3.)
+#include "cuda/activation.cuh"
+#include "cuda/linear.h"
+#include "cuda/linear_plan.h"
+#include "cuda/linear_skinny.cuh"
+#include "cuda/rope.cuh"
+#include "cuda/sm90.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/wgmma.cuh"
+
+namespace ni::cuda {
+namespace {
+
+constexpr int kAtom = 64;  // columns of a box, 128 bytes
+constexpr int kTileRows = kLargeTileRows, kGroups = 2, kGroupWarps = 4;
+constexpr int kComputeWarps = kGroups * kGroupWarps;
+
+// What follows the product: a gate, or norm, rotation and cache of heads of so many elements.
+enum class Then { gate, rope_64, rope_128 };
+template <Then kThen>
+constexpr int kHeadDim = kThen == Then::rope_64 ? 64 : 128;
+
+struct Rope {
+  const int32_t* positions = nullptr;
+  const int64_t* slot_mapping = nullptr;
+  RopeArgs args;
+  KvView kv;
+  int num_heads = 0;
+};
+
+struct Params {
+  SkinnyArgs a;
+  Rope rope;
+  int n;             // columns of the result
+  int num_stages;    // of a tile
+  int row_tiles;     // as many as CTAs of a cluster have below each other are one
+  int column_tiles;  // of W
+  bool vectors;      // out has rows of 16-byte vectors
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty and never launched
+
+// What a cluster does as its i-th: tiles in the order in which they share most in the L2 cache.
+struct Item {
+  int row_tile, column_tile;
+
+  __device__ Item(const Params& p, int i) {
+    constexpr int kBand = 8;  // row tiles
+    const int band = i / (kBand * p.column_tiles), rest = i - band * kBand * p.column_tiles;
+    const int rows = min(kBand, p.row_tiles - band * kBand);
+    column_tile = rest / rows;
+    row_tile = band * kBand + rest - column_tile * rows;
+  }
+};
+
+template <int kColumns>
+struct Memory {
+  static constexpr int kStages = large_stages(kColumns), kStageBytes = large_stage_bytes(kColumns);
+  static constexpr int kXBytes = kTileRows * 128, kOutBytes = large_out_bytes(kColumns);
+  uint32_t base, out, norms, barriers;
+
+  __device__ explicit Memory(uint32_t begin)
+      : base((begin + kSkinnyAlign - 1) / kSkinnyAlign * kSkinnyAlign),
+        out(base + kStages * kStageBytes),
+        norms(out + kOutBytes),
+        barriers(norms + kLargeNormBytes) {}
+  __device__ __forceinline__ uint32_t stage(int i) const { return base + i * kStageBytes; }
+  __device__ __forceinline__ uint32_t full(int i) const { return barriers + 8 * i; }
+  __device__ __forceinline__ uint32_t empty(int i) const { return barriers + 8 * (kStages + i); }
+  // Weights of QK-norm: q's, then k's.
+  __device__ __forceinline__ uint32_t norm(bool is_k, int column) const {
+    return norms + (is_k ? kLargeNormBytes / 2 : 0) + 4 * column;
+  }
+  // The tensor core is the group's.
+  __device__ __forceinline__ uint32_t turn(int group) const {
+    return barriers + 8 * (2 * kStages + group);
+  }
+};
+
+// The first row of x of this CTA's tile. The last tile is a whole one: rows that the one before it
+// has, too, are computed twice.
+template <int kCluster>
+__device__ __forceinline__ int first_row(const Params& p, const Item& item) {
+  return min((item.row_tile * kCluster + cluster_rank<kCluster>()) * kTileRows,
+             static_cast<int>(p.a.rows) - kTileRows);
+}
+
+template <int kColumns, Then kThen, int kCluster>
+__device__ __forceinline__ void copy(const Params& p, const Memory<kColumns>& memory, int items,
+                                     const CUtensorMap* w_map, const CUtensorMap* x_map) {
+  using Ring = Memory<kColumns>;
+  constexpr int kHalf = kColumns / 2, kHalfBytes = kHalf * 128;
+  constexpr bool kGated = kThen == Then::gate;
+  const int rank = cluster_rank<kCluster>(), clusters = static_cast<int>(gridDim.x) / kCluster;
+  const int first = static_cast<int>(blockIdx.x) / kCluster;
+  prefetch_map(w_map);
+  prefetch_map(x_map);
+  wait_for_previous();
+  Place place;
+  for (int i = first; i < items; i += clusters) {
+    const Item item(p, i);
+    const int row = first_row<kCluster>(p, item);
+    const auto copy_half = [&](int half, int stage, int atom) {
+      const int from = kGated ? half * p.n + item.column_tile * kHalf
+                              : item.column_tile * kColumns + half * kHalf;
+      const uint32_t to = memory.stage(stage) + Ring::kXBytes + half * kHalfBytes;
+      copy_box_to_cluster<kCluster>(to, w_map, kAtom * atom, from, memory.full(stage));
+    };
+    for (int atom = 0; atom < p.num_stages; ++atom, place.advance(Ring::kStages)) {
+      wait(memory.empty(place.stage), place.phase ^ 1);  // at first they are
+      arrive_expecting(memory.full(place.stage), Ring::kStageBytes);
+      copy_box(memory.stage(place.stage), x_map, kAtom * atom, row, memory.full(place.stage));
+      if constexpr (kCluster == 2) {
+        copy_half(rank, place.stage, atom);
+      } else {
+        copy_half(0, place.stage, atom);
+        copy_half(1, place.stage, atom);
+      }
+    }
+  }
+  let_next_start();
+}
+
+template <typename T, int kColumns, Then kThen, int kCluster>
+struct Group {
+  using Ring = Memory<kColumns>;
+  static constexpr bool kGated = kThen == Then::gate;
+  static constexpr int kBlocks = kTileRows / 64, kTiles = kColumns / 8, kHalf = kTiles / 2;
+
+  const Params& p;
+  const Ring& memory;
+  int group, warp, lane;  // the warp of this group
+  float acc[kBlocks][kTiles][4];
+  // Of a rotation.
+  static constexpr int kTurned = kHeadDim<kThen> / 16;  // pairs of half a head's row, in a lane
+  static constexpr int kStored = kHalf / 2;             // vectors of 16 rows that a lane stores
+  // In the cache, in vectors from its first head; -1: a padding row, which is not written.
+  int32_t places[kBlocks][kStored];
+  int32_t positions[4];
+  float2 cos[kTurned], sin[kTurned];
+
+  __device__ Group(const Params& params, const Ring& m, int warp_of_all, int my_lane)
+      : p(params),
+        memory(m),
+        group(warp_of_all / kGroupWarps),
+        warp(warp_of_all % kGroupWarps),
+        lane(my_lane) {}
+
+  // The sums of the group's number `count` (of both groups: 2 count + group), which takes its turn
+  // at the tensor core.
+  __device__ __forceinline__ void multiply(int count) {
+    const int before = (2 * count + group) * p.num_stages;
+    Place place{before % Ring::kStages, static_cast<uint32_t>(before / Ring::kStages) & 1};
+    const uint32_t begin = uniform(memory.base / 16);
+    uint32_t stage_at = begin + uniform(place.stage) * (Ring::kStageBytes / 16);
+    int left = Ring::kStages - uniform(place.stage);
+    wait(memory.turn(group), static_cast<uint32_t>(count + 1 - group) & 1);
+    wait(memory.full(place.stage), place.phase);
+    uint32_t before_this = 0;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
+    wgmma_fence();
+    for (int stage = 0; stage < p.num_stages; ++stage) {
+      wait(memory.full(place.stage), place.phase);
+#pragma unroll
+      for (int i = 0; i < kAtom / 16; ++i)
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+          wgmma_shared<T>(acc[b], stage_at + b * (64 * 128 / 16) + 2 * i,
+                          stage_at + Ring::kXBytes / 16 + 2 * i, i > 0 || stage > 0);
+      wgmma_commit();
+      if (stage > 0) {
+        wgmma_wait<1>();
+        give_back(before_this);
+      }
+      before_this = memory.empty(place.stage);
+      place.advance(Ring::kStages);
+      stage_at += Ring::kStageBytes / 16;
+      if (--left == 0) stage_at = begin, left = Ring::kStages;
+    }
+    if (lane == 0) arrive(memory.turn(1 - group));
+    wgmma_wait<0>();
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
+    give_back(before_this);
+  }
+  // To all CTAs that copy into the stage.
+  __device__ __forceinline__ void give_back(uint32_t empty) const {
+    if (lane < kCluster) arrive_in_cluster<kCluster>(empty, lane);
+  }
+
+  // -- By way of shared memory, 16 rows of half of the columns at a time, so that rows leave as
+  // vectors. 16-byte chunks change places, so that a warp's rows lie in different banks. --
+
+  __device__ __forceinline__ uint32_t staged(int row, int chunk) const {
+    const int swap = kHalf % 8 == 0 ? row % 8 : row / 2 % 4;
+    return memory.out + ((group * kGroupWarps + warp) * 16 + row) * (16 * kHalf) +
+           16 * (chunk ^ swap);
+  }
+  // Two results, as from_float() rounds.
+  static __device__ __forceinline__ uint32_t results(float low, float high) {
+    if constexpr (std::is_same_v<T, __half>)
+      return bits_of_pair<T>(as_float(from_float<T>(low)), as_float(from_float<T>(high)));
+    return bits_of_pair<T>(low, high);
+  }
+  static __device__ __forceinline__ float2 products(const float* v) {
+    return pair_of_bits<T>(bits_of_pair<T>(v[0], v[1]));
+  }
+  static __device__ __forceinline__ uint32_t gated(const float* gate, const float* other) {
+    const float2 g = products(gate), o = products(other);
+    return results(activate<Activation::silu>(g.x) * o.x, activate<Activation::silu>(g.y) * o.y);
+  }
+
+  __device__ __forceinline__ void store(const Item& item) {
+    if (p.a.bias != nullptr) add_bias(item);
+    if constexpr (!kGated) turn(item);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < (kGated ? 1 : 2); ++half) {
+        __syncwarp();  // what was there is stored
+#pragma unroll
+        for (int t = 0; t < kHalf; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; i += 2) {
+            const float* v = &acc[b][half * kHalf + t][i];
+            uint32_t two;
+            if constexpr (kGated) {
+              two = gated(v, &acc[b][kHalf + t][i]);
+            } else {
+              two = results(v[0], v[1]);
+            }
+            asm volatile(
+                "st.shared.u32 [%0], %1;" ::"r"(staged(lane / 4 + i / 2 * 8, t) + lane % 4 * 4),
+                "r"(two)
+                : "memory");
+          }
+        __syncwarp();
+        if constexpr (kGated) {
+          const int row0 = first_row<kCluster>(p, item) + 64 * b + 16 * warp;
+          const int col0 = 8 * kHalf * item.column_tile;
+#pragma unroll 2
+          for (int j = 0; j < kStored; ++j) {
+            const int row = stored_row(j), chunk = stored_chunk(j);
+            store_vector(load_staged(row, chunk), row0 + row, col0 + 8 * chunk);
+          }
+        } else {
+          store_heads(item, b, half);
+        }
+      }
+  }
+  // Of 16 rows a lane stores kStored vectors.
+  __device__ __forceinline__ int stored_row(int j) const { return (lane + 32 * j) / kHalf; }
+  __device__ __forceinline__ int stored_chunk(int j) const { return (lane + 32 * j) % kHalf; }
+  __device__ __forceinline__ uint4 load_staged(int row, int chunk) const {
+    uint4 bits;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+                 : "r"(staged(row, chunk))
+                 : "memory");
+    return bits;
+  }
+  __device__ __forceinline__ void store_vector(const uint4& bits, int row, int col) const {
+    T* out = static_cast<T*>(p.a.out) + int64_t{row} * p.a.out_stride + col;
+    if (p.vectors && col + 8 <= p.n) {
+      *reinterpret_cast<uint4*>(out) = bits;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (col + i < p.n) out[i] = reinterpret_cast<const T*>(&bits)[i];
+    }
+  }
+  // 64 columns, which are of one head: of q to `out`, of k and v into the cache.
+  __device__ __forceinline__ void store_heads(const Item& item, int b, int half) const {
+    constexpr int kDim = kHeadDim<kThen>;
+    const int col = 8 * kHalf * (2 * item.column_tile + half), head = col / kDim;
+    const int kv_head = head - p.rope.num_heads;
+    if (col >= p.n) return;
+    if (kv_head < 0) {
+      T* out = static_cast<T*>(p.a.out) + col +
+               int64_t{first_row<kCluster>(p, item) + 64 * b + 16 * warp} * p.a.out_stride;
+#pragma unroll
+      for (int j = 0; j < kStored; ++j)
+        *reinterpret_cast<uint4*>(out + stored_row(j) * p.a.out_stride + 8 * stored_chunk(j)) =
+            load_staged(stored_row(j), stored_chunk(j));
+      return;
+    }
+    const KvView& kv = p.rope.kv;
+    const bool is_v = kv_head >= kv.num_kv_heads;
+    T* to = static_cast<T*>(is_v ? kv.v : kv.k) + col % kDim +
+            kv.head_offset(0, kv_head - (is_v ? kv.num_kv_heads : 0));
+#pragma unroll
+    for (int j = 0; j < kStored; ++j)
+      if (places[b][j] >= 0)
+        *reinterpret_cast<uint4*>(to + int64_t{8} * places[b][j] + 8 * stored_chunk(j)) =
+            load_staged(stored_row(j), stored_chunk(j));
+  }
+  __device__ __forceinline__ void add_bias(const Item& item) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int half = kGated ? t / kHalf : 0, strip = t - half * kHalf;
+          const int col =
+              8 * ((kGated ? kHalf : kTiles) * item.column_tile + strip) + lane % 4 * 2 + i % 2;
+          if (col < p.n) acc[b][t][i] = with_bias<T>(p.a, acc[b][t][i], half * p.n + col);
+        }
+  }
+
+  // -- QK-norm, rotation and cache --
+  // Of a row a lane has the pairs of columns 8 t + lane % 4 * 2, t = 0, 1, …: of a head of 128
+  // those of lane l of rope.cuh, l = 4 t + lane % 4 for t = 0 … 7, of one of 64 likewise half of
+  // them. So additions are made in the order of normalise_head(). A lane has four rows.
+
+  __device__ __forceinline__ int row_of(const Item& item, int r) const {
+    return first_row<kCluster>(p, item) + r / 2 * 64 + 16 * warp + r % 2 * 8 + lane / 4;
+  }
+  // What memory has for the results is on its way while the products are made.
+  __device__ __forceinline__ void look_up(const Item& item) {
+    constexpr int kHeads = kColumns / kHeadDim<kThen>;  // of a tile
+    const int head = item.column_tile * kHeads,
+              num_turning = p.rope.num_heads + p.rope.kv.num_kv_heads;
+    if (p.rope.args.cos != nullptr && head < num_turning) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) positions[r] = p.rope.positions[row_of(item, r)];
+      load_angles(0);
+    }
+    if (head + kHeads > p.rope.num_heads) {
+      const KvView& kv = p.rope.kv;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+        for (int j = 0; j < kStored; ++j) {
+          const int row = first_row<kCluster>(p, item) + 64 * b + 16 * warp + stored_row(j);
+          const auto slot = static_cast<int32_t>(p.rope.slot_mapping[row]);
+          const int32_t block = slot / kv.block_size;
+          const int64_t at = kv.v_offset(block, 0, slot - block * kv.block_size, 0);
+          places[b][j] = slot < 0 ? -1 : static_cast<int32_t>(at / 8);
+        }
+    }
+  }
+  __device__ __forceinline__ void load_angles(int r) {
+    const int64_t at = int64_t{positions[r]} * (kHeadDim<kThen> / 2) + lane % 4 * 2;
+#pragma unroll
+    for (int t = 0; t < kTurned; ++t) {
+      cos[t] = *reinterpret_cast<const float2*>(p.rope.args.cos + at + 8 * t);
+      sin[t] = *reinterpret_cast<const float2*>(p.rope.args.sin + at + 8 * t);
+    }
+  }
+  __device__ __forceinline__ void turn(const Item& item) {
+    constexpr int kDim = kHeadDim<kThen>, kHeads = kColumns / kDim, kPairs = kDim / 8;
+    const RopeArgs& rope = p.rope.args;
+    const int head = item.column_tile * kHeads;
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h) {
+        if (head + h >= p.rope.num_heads + p.rope.kv.num_kv_heads) break;  // v
+        const bool is_k = head + h >= p.rope.num_heads;
+        float (&sums)[kTiles][4] = acc[r / 2];
+        const int i = r % 2 * 2;
+        float2 v[kPairs];
+#pragma unroll
+        for (int t = 0; t < kPairs; ++t) v[t] = products(&sums[h * kPairs + t][i]);
+        if ((is_k ? rope.k_norm : rope.q_norm).weight != nullptr) {
+          const float factor = head_factor(sum_of_squares(v), kDim, rope.norm_eps);
+#pragma unroll
+          for (int t = 0; t < kPairs; ++t) {
+            float2 w;
+            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                         : "=f"(w.x), "=f"(w.y)
+                         : "r"(memory.norm(is_k, 8 * t + lane % 4 * 2)));
+            v[t].x = __fmul_rn(v[t].x, __fmul_rn(factor, w.x));
+            v[t].y = __fmul_rn(v[t].y, __fmul_rn(factor, w.y));
+          }
+        }
+        if (rope.cos != nullptr) {
+#pragma unroll
+          for (int t = 0; t < kTurned; ++t) {
+            const float2 low = v[t], high = v[t + kTurned];
+            v[t] = rotate_pair(low, high, cos[t], sin[t], false);
+            v[t + kTurned] = rotate_pair(high, low, cos[t], sin[t], true);
+          }
+        }
+#pragma unroll
+        for (int t = 0; t < kPairs; ++t) {
+          sums[h * kPairs + t][i] = v[t].x;
+          sums[h * kPairs + t][i + 1] = v[t].y;
+        }
+      }
+      if (r < 3 && rope.cos != nullptr && head < p.rope.num_heads + p.rope.kv.num_kv_heads)
+        load_angles(r + 1);
+    }
+  }
+  template <int kPairs>
+  static __device__ __forceinline__ float sum_of_squares(const float2 (&v)[kPairs]) {
+    float part[8];
+#pragma unroll
+    for (int t = 0; t < 8; ++t) {
+      part[t] = 0;
+#pragma unroll
+      for (int at = t; at < kPairs; at += 8)
+        part[t] = __fmaf_rn(v[at].y, v[at].y, __fmaf_rn(v[at].x, v[at].x, part[t]));
+    }
+#pragma unroll
+    for (int apart = 4; apart > 0; apart /= 2)
+#pragma unroll
+      for (int t = 0; t < apart; ++t) part[t] = __fadd_rn(part[t], part[t + apart]);
+#pragma unroll
+    for (int apart = 2; apart > 0; apart /= 2)
+      part[0] = __fadd_rn(part[0], __shfl_xor_sync(0xffffffffu, part[0], apart));
+    return part[0];
+  }
+};
+
+#endif
+
+template <typename T, int kColumns, Then kThen, int kCluster>
+__global__ void __launch_bounds__(32 * (kComputeWarps + kGroupWarps), 1)
+    linear_large_sm90_kernel(const __grid_constant__ Params p,
+                             const __grid_constant__ CUtensorMap w_map,
+                             const __grid_constant__ CUtensorMap x_map) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ unsigned char smem[];
+  const Memory<kColumns> memory(static_cast<uint32_t>(__cvta_generic_to_shared(smem)));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < memory.kStages; ++i) {
+      init_barrier(memory.full(i), 1);
+      init_barrier(memory.empty(i), kCluster * kGroupWarps);
+    }
+    for (int i = 0; i < kGroups; ++i) init_barrier(memory.turn(i), kGroupWarps);
+    fence_async_proxy();
+  }
+  if constexpr (kThen != Then::gate) {
+    constexpr int kDim = kHeadDim<kThen>;
+    const bool is_k = threadIdx.x >= kDim;
+    const float* norm = (is_k ? p.rope.args.k_norm : p.rope.args.q_norm).weight;
+    const int column = threadIdx.x % kDim;
+    if (threadIdx.x < 2 * kDim && norm != nullptr)
+      asm volatile("st.shared.f32 [%0], %1;" ::"r"(memory.norm(is_k, column)), "f"(norm[column])
+                   : "memory");
+  }
+  synchronise_cluster<kCluster>();
+  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+  const int items = p.row_tiles * p.column_tiles;
+  const int clusters = static_cast<int>(gridDim.x) / kCluster;
+  if (warp >= kComputeWarps) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp == kComputeWarps && lane == 0)
+      copy<kColumns, kThen, kCluster>(p, memory, items, &w_map, &x_map);
+    __syncwarp();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    Group<T, kColumns, kThen, kCluster> group(p, memory, warp, lane);
+    int count = 0;
+    if (!p.a.settled) wait_for_previous();
+    for (int i = static_cast<int>(blockIdx.x) / kCluster + group.group * clusters; i < items;
+         i += 2 * clusters, ++count) {
+      const Item item(p, i);
+      if constexpr (kThen != Then::gate) group.look_up(item);
+      group.multiply(count);
+      group.store(item);
+    }
+  }
+  synchronise_cluster<kCluster>();  // others copy into this CTA's memory and use its barriers
+#endif
+}
+
+template <typename T, int kColumns, Then kThen, int kCluster>
+void launch_large(const SkinnyArgs& a, const Rope& rope, const Card& card, cudaStream_t stream) {
+  constexpr bool kGated = kThen == Then::gate;
+  constexpr int kHalf = kColumns / 2, kWidth = kGated ? kHalf : kColumns;
+  constexpr int kRows = kTileRows * kCluster;
+  const int n = static_cast<int>(kGated ? a.out_features / 2 : a.out_features);
+  const Params p{a,
+                 rope,
+                 n,
+                 static_cast<int>(a.in_features / kAtom),
+                 static_cast<int>((a.rows + kRows - 1) / kRows),
+                 (n + kWidth - 1) / kWidth,
+                 is_vector_aligned(a.out, a.out_stride)};
+  const CUtensorMap w_map = make_tensor_map("linear", a.dtype, a.w, {a.in_features, a.out_features},
+                                            {2 * a.w_stride}, {kAtom, kHalf});
+  const CUtensorMap x_map = make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows},
+                                            {2 * a.x_stride}, {kAtom, kTileRows});
+  const auto kernel = linear_large_sm90_kernel<T, kColumns, kThen, kCluster>;
+  const size_t smem = static_cast<size_t>(large_smem(kColumns));
+  allow_smem(kernel, smem, "linear_large");
+  const int clusters = std::min(card.num_sms / kCluster, p.row_tiles * p.column_tiles);
+  launch_clusters(kCluster, kernel, static_cast<unsigned>(kCluster * clusters),
+                  32 * (kComputeWarps + kGroupWarps), smem, stream, "linear_large", p, w_map,
+                  x_map);
+}
+
+// Whether the kernels take this rotation: heads of 64 or 128 that turn as a whole or not at all,
+// and a cache of the activations' type.
+bool fits(const SkinnyArgs& a, const RopeKvWrite& write) {
+  const RopeArgs& rope = write.rope;
+  const KvView& kv = write.kv;
+  return !a.gated && (kv.head_dim == 64 || kv.head_dim == 128) && kv.dtype == a.dtype &&
+         kv.tile() == 1 && (rope.cos == nullptr || rope.rotary_dim == kv.head_dim) &&
+         a.out_features % kv.head_dim == 0 && a.out_features / kv.head_dim > 2 * kv.num_kv_heads &&
+         is_vector_aligned(a.out, a.out_stride) && is_vector_aligned(kv.k, kv.block_stride) &&
+         is_vector_aligned(kv.v, kv.block_stride) && is_vector_aligned(rope.cos, 0) &&
+         is_vector_aligned(rope.sin, 0) && is_vector_aligned(rope.q_norm.weight, 0) &&
+         is_vector_aligned(rope.k_norm.weight, 0);
+}
+
+}  // namespace
+
+bool fuses_large(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card) {
+  const bool is_gate = a.gated && a.act == Activation::silu && a.out_features % 2 == 0;
+  return card.arch == 90 && (rope != nullptr ? fits(a, *rope) : is_gate) &&
+         a.norm.weight == nullptr && !a.accumulate && a.in_features % kAtom == 0 &&
+         a.x_stride % 8 == 0 && a.out_dtype == a.dtype && a.rows >= kTileRows &&
+         card.max_smem >= std::max(large_smem(128), large_smem(192));
+}
+
+void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card,
+                       cudaStream_t stream) {
+  check_invariant(fuses_large(a, rope, card), "linear_large: made for other products");
+  dispatch_16bit(a.dtype, "linear", [&](auto type) {
+    using T = decltype(type);
+    const auto with_cluster = [&](auto cluster) {
+      constexpr int kCluster = decltype(cluster)::value;
+      if (rope != nullptr) {
+        const KvView& kv = rope->kv;
+        const int heads = static_cast<int>(a.out_features / kv.head_dim) - 2 * kv.num_kv_heads;
+        const Rope r{rope->in->positions, rope->in->slot_mapping, rope->rope, kv, heads};
+        if (kv.head_dim == 64)
+          return launch_large<T, 128, Then::rope_64, kCluster>(a, r, card, stream);
+        return launch_large<T, 128, Then::rope_128, kCluster>(a, r, card, stream);
+      }
+      const int clusters = std::max(1, card.num_sms / kCluster);
+      if (large_columns(a.rows, a.out_features, clusters, kCluster) == 128)
+        return launch_large<T, 128, Then::gate, kCluster>(a, {}, card, stream);
+      launch_large<T, 192, Then::gate, kCluster>(a, {}, card, stream);
+    };
+    if (has_clusters()) return with_cluster(std::integral_constant<int, 2>{});
+    with_cluster(std::integral_constant<int, 1>{});
+  });
+}
+
+}  // namespace ni::cuda
