@@ -64,6 +64,9 @@ struct Key {
   }
 };
 
+// Which of our kernels.
+enum class Gate : int { none, skinny, large };
+
 struct Plan {
   bool skinny = true;
   cublasLtMatmulAlgo_t algo{};
@@ -72,8 +75,9 @@ struct Plan {
   // is slow at filling in zeros.
   int64_t rows = 0;
   float microseconds = 0;  // 0: not timed
-  // A kernel of our own takes a gate along in less time; of many rows also QK-norm and rotation.
-  bool gates = false;
+  // Of our kernels the one that takes a gate along in less time; linear_large also QK-norm and
+  // rotation of more rows than linear_skinny takes.
+  Gate gate = Gate::none;
 };
 
 template <typename T>
@@ -298,6 +302,18 @@ struct Linear::Impl {
     return card.arch == 90 && key.k % 64 == 0 ? kSkinnyRowsSm90 : kSkinnyRows;
   }
 
+  // Who takes what stands around this product along.
+  Gate kernel_of(const LinearWeight& w, const SkinnyArgs& a, const RopeKvWrite* rope) const {
+    const auto skinny = [&] {
+      return rope == nullptr && fuses_skinny(a, card) ? Gate::skinny : Gate::none;
+    };
+    if (a.rows <= kSkinnyMaxGateRows) return skinny();
+    const auto plan = plans.find(key_of(w, {}, a.rows, false));
+    if (plan == plans.end() || plan->second.gate == Gate::none) return Gate::none;
+    if (plan->second.gate == Gate::skinny) return skinny();
+    return fuses_large(a, rope, card) ? Gate::large : Gate::none;
+  }
+
   // A plan without timing, for what prepare() did not see. Not every kernel of cuBLASLt that splits
   // nothing gives the canonical bits (K = 135 has been seen to differ), and nothing is compared
   // here.
@@ -393,22 +409,23 @@ struct Linear::Impl {
       return multiply(plan, x.rows(rows), w, key, out.rows(rows), stream) == CUBLAS_STATUS_SUCCESS;
     });
   }
-  // Of many rows: whether linear_large takes a gate along in less time than the plan and an
-  // activation take. For all weights that might have a gate, or, as qkv, something that costs as
+  // Microseconds of linear_large with a gate, if it takes no longer than the plan and an
+  // activation; else 0. For all weights that might have a gate, or, as qkv, something that costs as
   // much; which have one is not known here.
-  bool large_is_faster(const Plan& plan, const Tensor& x,
-                       const std::vector<const LinearWeight*>& weights, const Key& key,
-                       const Tensor& out) {
+  float large_gate(const Plan& plan, const Tensor& x,
+                   const std::vector<const LinearWeight*>& weights, const Key& key,
+                   const Tensor& out) {
     const auto args = [&](const LinearWeight& w) {
       SkinnyArgs a = skinny_args(x, w, out);
       a.gated = true;
       return a;
     };
     const int64_t rows = x.rows(), half = key.n / 2;
-    if (key.f32_out || key.n <= key.k || !fuses_large(args(*weights[0]), nullptr, card))
-      return false;
+    if (key.f32_out || key.n <= key.k || !fuses_large(args(*weights[0]), nullptr, card)) return 0;
+    const int64_t computed = std::max(plan.rows, rows);
     const float apart = time(weights, rows, 0, [&](const LinearWeight& w) {
-      const bool good = multiply(plan, x, w, key, out, stream) == CUBLAS_STATUS_SUCCESS;
+      const bool good = multiply(plan, x.rows(computed), w, key, out.rows(computed), stream) ==
+                        CUBLAS_STATUS_SUCCESS;
       activation(out.data, out.row_stride, rows, half, Activation::silu, true, out.dtype, out.data,
                  out.row_stride, stream);  // in place: an element is read before it is written
       return good;
@@ -417,7 +434,7 @@ struct Linear::Impl {
       linear_large_sm90(args(w), nullptr, card, stream);
       return true;
     });
-    return together > 0 && together <= apart;
+    return together <= apart ? 1000 * together : 0;
   }
 
   // Milliseconds that f takes on the stream; 0 if it fails.
@@ -502,9 +519,11 @@ struct Linear::Impl {
         std::find_if(all.begin(), all.end(), [](const Plan& p) { return p.skinny; });
     for (Plan& plan : all)
       if (!options.batch_invariant || is_canonical(plan, x, *weights[0], key, out, other)) {
-        plan.gates = x.rows() > kSkinnyMaxTimedGateRows
-                         ? large_is_faster(plan, x, weights, key, out)
-                         : skinny != all.end() && cost(*skinny) <= plan.microseconds;
+        const float large = large_gate(plan, x, weights, key, out);
+        const bool is_skinny = skinny != all.end() && cost(*skinny) <= plan.microseconds;
+        plan.gate = large > 0 && (!is_skinny || large < skinny->microseconds) ? Gate::large
+                    : is_skinny                                               ? Gate::skinny
+                                                                              : Gate::none;
         return plan;
       }
     return {};
@@ -528,7 +547,7 @@ struct Linear::Impl {
     return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);
   }
 
-  // Lines "machine n k bucket f32_out bias accumulate skinny rows gates microseconds algo"; what
+  // Lines "machine n k bucket f32_out bias accumulate skinny rows gate microseconds algo"; what
   // does not read well is skipped.
   std::map<Key, Plan> read_cache(const std::string& mine) const {
     std::map<Key, Plan> found;
@@ -539,10 +558,12 @@ struct Linear::Impl {
       std::string whose, algo;
       Key k{};
       Plan plan;
+      int gate = 0;
       if (!(in >> whose >> k.n >> k.k >> k.bucket >> k.f32_out >> k.bias >> k.accumulate >>
-            plan.skinny >> plan.rows >> plan.gates >> plan.microseconds >> algo) ||
-          whose != mine)
+            plan.skinny >> plan.rows >> gate >> plan.microseconds >> algo) ||
+          whose != mine || gate < 0 || gate > static_cast<int>(Gate::large))
         continue;
+      plan.gate = static_cast<Gate>(gate);
       if (plan.skinny || from_hex(algo, plan.algo)) found[k] = plan;
     }
     return found;
@@ -565,8 +586,8 @@ struct Linear::Impl {
     for (const auto& [key, plan] : plans) {
       if (plan.microseconds <= 0) continue;  // nothing could be timed: next time, perhaps
       const std::string id = mine + " " + text_of(key) + " ";
-      lines[id] = concat(id, plan.skinny, " ", plan.rows, " ", plan.gates, " ", plan.microseconds,
-                         " ", plan.skinny ? "-" : to_hex(plan.algo));
+      lines[id] = concat(id, plan.skinny, " ", plan.rows, " ", static_cast<int>(plan.gate), " ",
+                         plan.microseconds, " ", plan.skinny ? "-" : to_hex(plan.algo));
     }
     const std::string temporary = concat(path.string(), ".", std::random_device{}());
     {
@@ -690,13 +711,7 @@ bool Linear::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) con
   x.row_stride = weight_stride(w.spec.in_features);
   SkinnyArgs args = impl_->skinny_args(x, w, x);
   add_fusion(args, a);
-  const bool is_large = rows > kSkinnyMaxTimedGateRows;
-  if (is_large ? !fuses_large(args, a.rope, impl_->card)
-               : a.rope != nullptr || !fuses_skinny(args, impl_->card))
-    return false;
-  if (rows <= kSkinnyMaxGateRows) return true;
-  const auto plan = impl_->plans.find(impl_->key_of(w, {}, rows, false));
-  return plan != impl_->plans.end() && plan->second.gates;
+  return impl_->kernel_of(w, args, a.rope) != Gate::none;
 }
 
 void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
@@ -708,12 +723,14 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
             "linear: rows of x must be 16-byte aligned, and as far apart as a multiple of ", align,
             " elements; they are ", x.row_stride, " apart");
   if (a.norm != nullptr || a.gated || a.rope != nullptr) {
-    check_arg(fuses(w, a, x.rows()), "linear: no such norm, gate or rotation with ", x.rows(),
-              " rows of ", x.cols(), " on this card");
     SkinnyArgs args = impl.skinny_args(x, w, out);
     add_fusion(args, a);
     args.settled = settled;
-    if (x.rows() > kSkinnyMaxTimedGateRows) {
+    const bool has_norm = a.norm == nullptr || a.norm_args.kind == NormKind::rms;
+    const Gate kernel = has_norm ? impl.kernel_of(w, args, a.rope) : Gate::none;
+    check_arg(kernel != Gate::none, "linear: no such norm, gate or rotation with ", x.rows(),
+              " rows of ", x.cols(), " on this card");
+    if (kernel == Gate::large) {
       linear_large_sm90(args, a.rope, impl.card, stream);
     } else {
       linear_skinny(args, impl.card, stream);

@@ -204,7 +204,7 @@ struct Group {
   // vectors. 16-byte chunks change places, so that a warp's rows lie in different banks. --
 
   __device__ __forceinline__ uint32_t staged(int row, int chunk) const {
-    const int swap = kHalf % 8 == 0 ? row % 8 : row / 2 % 4;
+    const int swap = kHalf % 8 == 0 ? row % 8 : kHalf % 4 == 0 ? row / 2 % 4 : row / 4 % 2;
     return memory.out + ((group * kGroupWarps + warp) * 16 + row) * (16 * kHalf) +
            16 * (chunk ^ swap);
   }
@@ -496,6 +496,7 @@ void launch_large(const SkinnyArgs& a, const Rope& rope, const Card& card, cudaS
                                             {2 * a.w_stride}, {kAtom, kHalf});
   const CUtensorMap x_map = make_tensor_map("linear", a.dtype, a.x, {a.in_features, a.rows},
                                             {2 * a.x_stride}, {kAtom, kTileRows});
+  static_assert(large_stages(kColumns) >= 4 && kHalf * 128 % kSkinnyAlign == 0);
   const auto kernel = linear_large_sm90_kernel<T, kColumns, kThen, kCluster>;
   const size_t smem = static_cast<size_t>(large_smem(kColumns));
   allow_smem(kernel, smem, "linear_large");
@@ -545,9 +546,14 @@ void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card&
         return launch_large<T, 128, Then::rope_128, kCluster>(a, r, card, stream);
       }
       const int clusters = std::max(1, card.num_sms / kCluster);
-      if (large_columns(a.rows, a.out_features, clusters, kCluster) == 128)
-        return launch_large<T, 128, Then::gate, kCluster>(a, {}, card, stream);
-      launch_large<T, 192, Then::gate, kCluster>(a, {}, card, stream);
+      switch (large_columns(a.rows, a.out_features, clusters, kCluster)) {
+        case 128:
+          return launch_large<T, 128, Then::gate, kCluster>(a, {}, card, stream);
+        case 160:
+          return launch_large<T, 160, Then::gate, kCluster>(a, {}, card, stream);
+        default:
+          return launch_large<T, 192, Then::gate, kCluster>(a, {}, card, stream);
+      }
     };
     if (has_clusters()) return with_cluster(std::integral_constant<int, 2>{});
     with_cluster(std::integral_constant<int, 1>{});
