@@ -339,6 +339,7 @@ void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, T
   if (x.rows() == 0) return;
   if (a.rope != nullptr) {
     check_kv(a.rope->kv, "linear");
+    check_arg(!is_guest(), "linear: rotates in an engine only; fuses() says so");
     check_arg(a.rope->in->num_tokens == x.rows(), "linear: ", x.rows(), " rows, but a step of ",
               a.rope->in->num_tokens);
     written_slots_ = a.rope->in->slot_mapping;

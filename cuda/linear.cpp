@@ -64,8 +64,8 @@ struct Key {
   }
 };
 
-// Which of our kernels.
-enum class Gate : int { none, skinny, large };
+// Which of our kernels takes along what stands around a product.
+enum class Kernel { none, skinny, large };
 
 struct Plan {
   bool skinny = true;
@@ -75,9 +75,9 @@ struct Plan {
   // is slow at filling in zeros.
   int64_t rows = 0;
   float microseconds = 0;  // 0: not timed
-  // Of our kernels the one that takes a gate along in less time; linear_large also QK-norm and
-  // rotation of more rows than linear_skinny takes.
-  Gate gate = Gate::none;
+  // linear_skinny takes a gate along in less time; linear_large takes one, or QK-norm and rotation,
+  // in less than that and all else.
+  bool skinny_gates = false, large = false;
 };
 
 template <typename T>
@@ -302,16 +302,13 @@ struct Linear::Impl {
     return card.arch == 90 && key.k % 64 == 0 ? kSkinnyRowsSm90 : kSkinnyRows;
   }
 
-  // Who takes what stands around this product along.
-  Gate kernel_of(const LinearWeight& w, const SkinnyArgs& a, const RopeKvWrite* rope) const {
-    const auto skinny = [&] {
-      return rope == nullptr && fuses_skinny(a, card) ? Gate::skinny : Gate::none;
-    };
-    if (a.rows <= kSkinnyMaxGateRows) return skinny();
-    const auto plan = plans.find(key_of(w, {}, a.rows, false));
-    if (plan == plans.end() || plan->second.gate == Gate::none) return Gate::none;
-    if (plan->second.gate == Gate::skinny) return skinny();
-    return fuses_large(a, rope, card) ? Gate::large : Gate::none;
+  Kernel kernel_of(const LinearWeight& w, const SkinnyArgs& a, const RopeKvWrite* rope) const {
+    const bool skinny = rope == nullptr && fuses_skinny(a, card);
+    if (a.rows <= kSkinnyMaxGateRows) return skinny ? Kernel::skinny : Kernel::none;
+    const auto found = plans.find(key_of(w, {}, a.rows, false));
+    if (found == plans.end()) return Kernel::none;
+    if (found->second.large && fuses_large(a, rope, card)) return Kernel::large;
+    return skinny && found->second.skinny_gates ? Kernel::skinny : Kernel::none;
   }
 
   // A plan without timing, for what prepare() did not see. Not every kernel of cuBLASLt that splits
@@ -520,10 +517,8 @@ struct Linear::Impl {
     for (Plan& plan : all)
       if (!options.batch_invariant || is_canonical(plan, x, *weights[0], key, out, other)) {
         const float large = large_gate(plan, x, weights, key, out);
-        const bool is_skinny = skinny != all.end() && cost(*skinny) <= plan.microseconds;
-        plan.gate = large > 0 && (!is_skinny || large < skinny->microseconds) ? Gate::large
-                    : is_skinny                                               ? Gate::skinny
-                                                                              : Gate::none;
+        plan.skinny_gates = skinny != all.end() && cost(*skinny) <= plan.microseconds;
+        plan.large = large > 0 && !(plan.skinny_gates && skinny->microseconds < large);
         return plan;
       }
     return {};
@@ -541,14 +536,14 @@ struct Linear::Impl {
     std::replace(name.begin(), name.end(), ' ', '_');
     return concat(name, "/", p.multiProcessorCount, "/driver", driver, "/cublaslt",
                   cublasLtGetVersion(), "/", dtype_name(options.dtype),
-                  options.batch_invariant ? "/invariant" : "/fastest", "/format9");
+                  options.batch_invariant ? "/invariant" : "/fastest", "/format10");
   }
   static std::string text_of(const Key& k) {
     return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);
   }
 
-  // Lines "machine n k bucket f32_out bias accumulate skinny rows gate microseconds algo"; what
-  // does not read well is skipped.
+  // Lines "machine n k bucket f32_out bias accumulate skinny rows skinny_gates large microseconds
+  // algo"; what does not read well is skipped.
   std::map<Key, Plan> read_cache(const std::string& mine) const {
     std::map<Key, Plan> found;
     if (options.plan_cache.empty()) return found;
@@ -558,12 +553,11 @@ struct Linear::Impl {
       std::string whose, algo;
       Key k{};
       Plan plan;
-      int gate = 0;
       if (!(in >> whose >> k.n >> k.k >> k.bucket >> k.f32_out >> k.bias >> k.accumulate >>
-            plan.skinny >> plan.rows >> gate >> plan.microseconds >> algo) ||
-          whose != mine || gate < 0 || gate > static_cast<int>(Gate::large))
+            plan.skinny >> plan.rows >> plan.skinny_gates >> plan.large >> plan.microseconds >>
+            algo) ||
+          whose != mine)
         continue;
-      plan.gate = static_cast<Gate>(gate);
       if (plan.skinny || from_hex(algo, plan.algo)) found[k] = plan;
     }
     return found;
@@ -586,8 +580,8 @@ struct Linear::Impl {
     for (const auto& [key, plan] : plans) {
       if (plan.microseconds <= 0) continue;  // nothing could be timed: next time, perhaps
       const std::string id = mine + " " + text_of(key) + " ";
-      lines[id] = concat(id, plan.skinny, " ", plan.rows, " ", static_cast<int>(plan.gate), " ",
-                         plan.microseconds, " ", plan.skinny ? "-" : to_hex(plan.algo));
+      lines[id] = concat(id, plan.skinny, " ", plan.rows, " ", plan.skinny_gates, " ", plan.large,
+                         " ", plan.microseconds, " ", plan.skinny ? "-" : to_hex(plan.algo));
     }
     const std::string temporary = concat(path.string(), ".", std::random_device{}());
     {
@@ -711,7 +705,7 @@ bool Linear::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) con
   x.row_stride = weight_stride(w.spec.in_features);
   SkinnyArgs args = impl_->skinny_args(x, w, x);
   add_fusion(args, a);
-  return impl_->kernel_of(w, args, a.rope) != Gate::none;
+  return impl_->kernel_of(w, args, a.rope) != Kernel::none;
 }
 
 void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
@@ -726,11 +720,11 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
     SkinnyArgs args = impl.skinny_args(x, w, out);
     add_fusion(args, a);
     args.settled = settled;
-    const bool has_norm = a.norm == nullptr || a.norm_args.kind == NormKind::rms;
-    const Gate kernel = has_norm ? impl.kernel_of(w, args, a.rope) : Gate::none;
-    check_arg(kernel != Gate::none, "linear: no such norm, gate or rotation with ", x.rows(),
+    const bool can_norm = a.norm == nullptr || a.norm_args.kind == NormKind::rms;
+    const Kernel kernel = can_norm ? impl.kernel_of(w, args, a.rope) : Kernel::none;
+    check_arg(kernel != Kernel::none, "linear: no such norm, gate or rotation with ", x.rows(),
               " rows of ", x.cols(), " on this card");
-    if (kernel == Gate::large) {
+    if (kernel == Kernel::large) {
       linear_large_sm90(args, a.rope, impl.card, stream);
     } else {
       linear_skinny(args, impl.card, stream);

@@ -34,12 +34,13 @@ class Linear {
   // Chooses plans by timing (or takes them from the cache file) and prepares biases. Weights of one
   // shape share plans. The last weight is lm_head: its output is fp32, its rows at most 512.
   void prepare(const std::vector<const LinearWeight*>& weights, int64_t max_rows);
-  // Whether run() takes the norm and the gate of `a` for so many rows; above 64, once prepare() has
-  // found that this takes less time.
+  // Whether run() takes the norm, the gate and the rotation of `a` for so many rows; above 64, once
+  // prepare() has found that this takes less time. (An out whose rows are not of 16-byte vectors
+  // run() refuses to rotate.)
   bool fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) const;
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
-  // settled (common.cuh): no kernel that may still run has written the weight: none since one that
-  // waited before it let the next one start.
+  // settled (common.cuh): no kernel that may still run has written the weight, or what a rotation
+  // needs: none since one that waited before it let the next one start.
   void run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
            cudaStream_t stream, bool settled = true);
   // Candidates timed so far: none if the cache file knew all plans.
@@ -66,7 +67,7 @@ struct SkinnyArgs {
   DType out_dtype = DType::bf16;  // dtype, or f32 (then none of what follows)
   int64_t out_stride = 0;
   bool accumulate = false;  // out = round(out + round(y))
-  bool settled = false;     // common.cuh; of W and the norm's weights
+  bool settled = false;     // common.cuh; of W, norms, positions and slots
   // Where fuses_skinny() says so:
   NormWeight norm;  // RMSNorm of x first; no weight: none
   float norm_eps = 0;

@@ -145,7 +145,8 @@ struct Group {
   // Of a rotation.
   static constexpr int kTurned = kHeadDim<kThen> / 16;  // pairs of half a head's row, in a lane
   static constexpr int kStored = kHalf / 2;             // vectors of 16 rows that a lane stores
-  // In the cache, in vectors from its first head; -1: a padding row, which is not written.
+  // In the cache, in rows of a head from its begin (a layer's blocks lie as far apart as those of
+  // all layers, so elements do not fit 32 bits); -1: a padding row, which is not written.
   int32_t places[kBlocks][kStored];
   int32_t positions[4];
   float2 cos[kTurned], sin[kTurned];
@@ -303,7 +304,7 @@ struct Group {
 #pragma unroll
     for (int j = 0; j < kStored; ++j)
       if (places[b][j] >= 0)
-        *reinterpret_cast<uint4*>(to + int64_t{8} * places[b][j] + 8 * stored_chunk(j)) =
+        *reinterpret_cast<uint4*>(to + int64_t{kDim} * places[b][j] + 8 * stored_chunk(j)) =
             load_staged(stored_row(j), stored_chunk(j));
   }
   __device__ __forceinline__ void add_bias(const Item& item) {
@@ -348,7 +349,7 @@ struct Group {
           const auto slot = static_cast<int32_t>(p.rope.slot_mapping[row]);
           const int32_t block = slot / kv.block_size;
           const int64_t at = kv.v_offset(block, 0, slot - block * kv.block_size, 0);
-          places[b][j] = slot < 0 ? -1 : static_cast<int32_t>(at / 8);
+          places[b][j] = slot < 0 ? -1 : static_cast<int32_t>(at / kHeadDim<kThen>);
         }
     }
   }
@@ -509,11 +510,15 @@ void launch_large(const SkinnyArgs& a, const Rope& rope, const Card& card, cudaS
 // Whether the kernels take this rotation: heads of 64 or 128 that turn as a whole or not at all,
 // and a cache of the activations' type.
 bool fits(const SkinnyArgs& a, const RopeKvWrite& write) {
+  constexpr int64_t kLimit = int64_t{1} << 31;  // of places in the cache
   const RopeArgs& rope = write.rope;
   const KvView& kv = write.kv;
   return !a.gated && (kv.head_dim == 64 || kv.head_dim == 128) && kv.dtype == a.dtype &&
          kv.tile() == 1 && (rope.cos == nullptr || rope.rotary_dim == kv.head_dim) &&
          a.out_features % kv.head_dim == 0 && a.out_features / kv.head_dim > 2 * kv.num_kv_heads &&
+         kv.head_offset(1, 0) % kv.head_dim == 0 &&
+         kv.head_offset(kv.num_blocks, 0) / kv.head_dim < kLimit &&
+         int64_t{kv.num_blocks} * kv.block_size < kLimit &&
          is_vector_aligned(a.out, a.out_stride) && is_vector_aligned(kv.k, kv.block_stride) &&
          is_vector_aligned(kv.v, kv.block_stride) && is_vector_aligned(rope.cos, 0) &&
          is_vector_aligned(rope.sin, 0) && is_vector_aligned(rope.q_norm.weight, 0) &&

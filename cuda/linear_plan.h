@@ -110,8 +110,8 @@ inline constexpr int kSkinnyWholeBytes = 32 * 1024;  // x at most, where nothing
 
 // With more rows than this, normalising them in every CTA takes longer than a kernel of its own.
 inline constexpr int64_t kSkinnyMaxNormRows = 16;
-// With more than this, cuBLASLt and an activation of its own may be faster than a gate in the
-// product (Linear::fuses() knows); with more than that the gate is linear_large's.
+// With more than this, cuBLASLt and an activation of its own, or linear_large, may be faster than a
+// gate in the product (Linear::fuses() knows); with more than that they are.
 inline constexpr int64_t kSkinnyMaxGateRows = 64, kSkinnyMaxTimedGateRows = 256;
 
 // Rows of x that the kernel for so many computes with.

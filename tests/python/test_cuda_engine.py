@@ -242,6 +242,33 @@ def test_a_replayed_graph_equals_its_launches(batch: int, overlap: bool) -> None
     assert differences(expected, run(GRAPHS)) == []
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_follows_large_products_changes_no_bit(head_dim: int, tmp_path: Path) -> None:
+    """Gate, rotation and writing into the cache, as operators of their own or (on Hopper) as parts
+    of products of many rows, as the file of plans says. Two choices a request copy blocks."""
+    plans, half = tmp_path / "plans.txt", head_dim // 2
+    rope = _core.RopeConfig([10000.0 ** (-i / half) for i in range(half)])
+
+    def run(large: str) -> Results:
+        if plans.exists():
+            rows = [line.split() for line in plans.read_text().splitlines()]
+            assert any(row[3] == "1024" for row in rows)
+            fused = [[*row[:9], large, large, *row[11:]] for row in rows]
+            plans.write_text("".join(" ".join(row) + "\n" for row in fused))
+        model = cuda_model(head_dim=head_dim, ropes=[rope])
+        numbers = on_card(plan_cache=str(plans), max_num_batched_tokens=1024)
+        engine = make_engine(model, **numbers)
+        for number in range(8):
+            wants = params(12, n=2, logprobs=2, prompt_logprobs=2, temperature=1.0, seed=number)
+            engine.submit(number, prompt(number, 150 + number), wants)
+        return run_all(engine)
+
+    run("0")  # plans are measured
+    expected = run("0")
+    assert len(expected) == 16
+    assert differences(expected, run("1")) == []
+
+
 # -- The bundled model ----------------------------------------------------------------------------
 
 MAIN = bundled.bundled_model(bundled.DEFAULT)

@@ -349,54 +349,84 @@ TEST_P(LinearTest, FusesWhatFits) {
   EXPECT_FALSE(linear(true)->fuses(wide.w, gated, 65));
 }
 
-// Above 64 rows a gate is fused where the plan says so, which the file of plans keeps; either way
-// the bits are the same.
+// A file of plans that says who takes along what stands around products of more than 64 rows.
+class PlanFile {
+ public:
+  ~PlanFile() { std::filesystem::remove(path_); }
+  std::string path() const { return path_.string(); }
+  void set(bool skinny_gates, bool large) {
+    std::ifstream in(path_);
+    std::string text;
+    for (std::string line; std::getline(in, line);) {
+      std::istringstream words(line);
+      std::string word;
+      for (int i = 0; words >> word; ++i)
+        text += (i == 9    ? std::to_string(skinny_gates)
+                 : i == 10 ? std::to_string(large)
+                           : word) +
+                " ";
+      text += "\n";
+    }
+    ASSERT_FALSE(text.empty());
+    std::ofstream(path_) << text;
+  }
+
+ private:
+  std::filesystem::path path_ = std::filesystem::temp_directory_path() /
+                                ("nano-inference-plans-" + std::to_string(std::random_device{}()));
+};
+
+// Either way the bits are the same.
 TEST_P(LinearTest, GatesOfPreparedPlansHaveTheSameBits) {
   if (card_.arch != 90) GTEST_SKIP() << "nothing is fused on this card";
-  const auto file = std::filesystem::temp_directory_path() /
-                    ("nano-inference-gates-" + std::to_string(std::random_device{}()));
+  PlanFile file;
   const Weight w(512, 64, GetParam(), false, 1), head(100, 64, GetParam(), false, 2);
-  linear(true, file.string())->prepare({&w.w, &head.w}, 300);
-  std::vector<std::string> lines;
-  {
-    std::ifstream in(file);
-    for (std::string line; std::getline(in, line);) lines.push_back(line);
-  }
-  ASSERT_FALSE(lines.empty());
+  linear(true, file.path())->prepare({&w.w, &head.w}, 300);
   LinearArgs gated;
   gated.gated = true;
-  for (const std::string gate : {"0", "1", "2"}) {  // nobody's, linear_skinny's, linear_large's
-    {
-      std::ofstream out(file);
-      for (const std::string& line : lines) {
-        std::istringstream in(line);
-        std::string word;
-        for (int i = 0; in >> word; ++i) out << (i == 9 ? gate : word) << " ";
-        out << "\n";
-      }
-    }
-    const auto l = linear(true, file.string());
+  for (const auto& [skinny_gates, large] : std::vector<std::array<bool, 2>>{
+           {false, false}, {true, false}, {false, true}, {true, true}}) {
+    file.set(skinny_gates, large);
+    const auto l = linear(true, file.path());
     l->prepare({&w.w, &head.w}, 300);
     EXPECT_EQ(l->num_timed(), 0);
     EXPECT_TRUE(l->fuses(w.w, gated, 64));
-    for (const int64_t m : {65, 130, 256, 300}) {
-      const bool fuses = gate == "1" ? m <= 256 : gate == "2" && m >= 128;
-      ASSERT_EQ(l->fuses(w.w, gated, m), fuses) << m;
-      const Rows x(m, 64, GetParam(), 3);
-      const Out product(m, 512, GetParam()), own(m, 256, GetParam()), together(m, 256, GetParam());
-      if (!fuses) {
-        EXPECT_THROW(l->run(x.tensor, w.w, gated, together.tensor, nullptr), std::invalid_argument);
-        continue;
+    for (const Activation act : {Activation::silu, Activation::gelu_tanh}) {
+      gated.act = act;
+      for (const int64_t m : {65, 130, 256, 300}) {
+        const bool is_large = large && m >= 128 && act == Activation::silu;
+        const bool fuses = is_large || (skinny_gates && m <= 256);
+        ASSERT_EQ(l->fuses(w.w, gated, m), fuses) << m;
+        const Rows x(m, 64, GetParam(), 3);
+        const Out product(m, 512, GetParam()), own(m, 256, GetParam()),
+            together(m, 256, GetParam());
+        if (!fuses) {
+          EXPECT_THROW(l->run(x.tensor, w.w, gated, together.tensor, nullptr),
+                       std::invalid_argument);
+          continue;
+        }
+        l->run(x.tensor, w.w, {}, product.tensor, nullptr);
+        cuda::activation(product.tensor.data, product.stride, m, 256, act, true, GetParam(),
+                         own.tensor.data, own.stride, nullptr);
+        l->run(x.tensor, w.w, gated, together.tensor, nullptr);
+        for (int64_t r = 0; r < m; ++r)
+          ASSERT_EQ(row_bytes(together, r), row_bytes(own, r)) << m << " " << r;
       }
-      l->run(x.tensor, w.w, {}, product.tensor, nullptr);
-      cuda::activation(product.tensor.data, product.stride, m, 256, gated.act, true, GetParam(),
-                       own.tensor.data, own.stride, nullptr);
-      l->run(x.tensor, w.w, gated, together.tensor, nullptr);
-      for (int64_t r = 0; r < m; ++r)
-        ASSERT_EQ(row_bytes(together, r), row_bytes(own, r)) << m << " " << r;
     }
   }
-  std::filesystem::remove(file);
+}
+
+// Sums beyond float16, and of zeros and NaN.
+void with_extremes(Rows& x) {
+  const auto set = [&](int64_t row, float scale) {
+    for (int64_t i = 0; i < x.stride; ++i)
+      x.values[static_cast<size_t>(row * x.stride + i)] *= scale;
+  };
+  set(3, 2e4f);
+  set(70, 300.0f);
+  set(127, 0.0f);
+  x.values[static_cast<size_t>(40 * x.stride)] = std::nanf("");
+  x.memory.fill(x.values);
 }
 
 // linear_large with a gate, of few multiprocessors too, so that both groups of warps have several
@@ -409,7 +439,8 @@ TEST_P(LinearTest, LargeGatesHaveTheBitsOfOperatorsOfTheirOwn) {
   for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{
            {128, 128, 448}, {130, 214, 64}, {300, 1544, 64}, {257, 768, 320}}) {
     const Weight w(n, k, GetParam(), m == 300, ++seed, 0.2f);
-    const Rows x(m, k, GetParam(), ++seed);
+    Rows x(m, k, GetParam(), ++seed);
+    with_extremes(x);
     const Out product(m, n, GetParam()), own(m, n / 2, GetParam());
     skinny(x, w, product);
     cuda::activation(product.tensor.data, product.stride, m, n / 2, Activation::silu, true,
@@ -418,6 +449,7 @@ TEST_P(LinearTest, LargeGatesHaveTheBitsOfOperatorsOfTheirOwn) {
       const Out together(m, n / 2, GetParam());
       cuda::SkinnyArgs a = skinny_args(x, w, together);
       a.gated = true;
+      a.settled = card.num_sms == few.num_sms;
       ASSERT_TRUE(cuda::fuses_large(a, nullptr, card));
       cuda::linear_large_sm90(a, nullptr, card, nullptr);
       for (int64_t r = 0; r < m; ++r)
@@ -446,7 +478,8 @@ TEST_P(LinearTest, LargeRotatesAsRopeKvWrite) {
                                                              {290, 128, true, false}}) {
     const int64_t n = (kHeads + 2 * kKvHeads) * d, k = 128;
     const Weight w(n, k, GetParam(), m == 131, ++seed, 0.2f);
-    const Rows x(m, k, GetParam(), ++seed);
+    Rows x(m, k, GetParam(), ++seed);
+    with_extremes(x);
     std::vector<int32_t> positions;
     std::vector<int64_t> slots;
     const auto blocks = static_cast<int32_t>(m / kBlock + 2);
@@ -481,6 +514,16 @@ TEST_P(LinearTest, LargeRotatesAsRopeKvWrite) {
       kv.k_tile = 1;
       return kv;
     };
+    PlanFile file;
+    std::unique_ptr<Linear> prepared;
+    if (m == 128) {  // the fewest, so that few plans are measured
+      const Weight head(100, k, GetParam(), false, 2);
+      linear(true, file.path())->prepare({&w.w, &head.w}, m);
+      file.set(false, true);
+      prepared = linear(true, file.path());
+      prepared->prepare({&w.w, &head.w}, m);
+      EXPECT_EQ(prepared->num_timed(), 0);
+    }
     const int64_t cache_rows = int64_t{blocks} * kBlock * kKvHeads;
     DeviceMatrix own_k(cache_rows, d, GetParam()), own_v(cache_rows, d, GetParam());
     const Out own(m, n, GetParam());
@@ -496,9 +539,18 @@ TEST_P(LinearTest, LargeRotatesAsRopeKvWrite) {
       DeviceMatrix keys(cache_rows, d, GetParam()), values(cache_rows, d, GetParam());
       write.kv = cache(keys, values);
       const Out together(m, n, GetParam());
-      const cuda::SkinnyArgs a = skinny_args(x, w, together);
+      cuda::SkinnyArgs a = skinny_args(x, w, together);
+      a.settled = card.num_sms == few.num_sms;
       ASSERT_TRUE(cuda::fuses_large(a, &write, card));
-      cuda::linear_large_sm90(a, &write, card, nullptr);
+      if (prepared != nullptr && card.num_sms == card_.num_sms) {  // by way of its plan
+        LinearArgs args;
+        args.rope = &write;
+        ASSERT_TRUE(prepared->fuses(w.w, args, m));
+        EXPECT_FALSE(prepared->fuses(w.w, args, 127));
+        prepared->run(x.tensor, w.w, args, together.tensor, nullptr);
+      } else {
+        cuda::linear_large_sm90(a, &write, card, nullptr);
+      }
       const auto q_bytes = static_cast<int64_t>(2 * kHeads * d);
       for (int64_t r = 0; r < m; ++r) {
         if (slots[static_cast<size_t>(r)] < 0) continue;  // what becomes of padding is nobody's
@@ -512,6 +564,9 @@ TEST_P(LinearTest, LargeRotatesAsRopeKvWrite) {
       EXPECT_TRUE(together.memory.intact() && keys.intact() && values.intact());
     }
     write.kv.dtype = DType::fp8_e4m3;
+    EXPECT_FALSE(cuda::fuses_large(skinny_args(x, w, own), &write, card_));
+    write.kv.dtype = GetParam();
+    write.kv.block_stride = int64_t{1} << 38;  // places of two blocks do not fit 32 bits
     EXPECT_FALSE(cuda::fuses_large(skinny_args(x, w, own), &write, card_));
   }
 }

@@ -6,7 +6,7 @@
 //
 // Not as on a card: copies happen when they are asked for; the tensor core rounds 16 products and
 // the sum so far once; special functions are exact; __shared__ variables keep what the block before
-// left; nothing overlaps.
+// left; nothing overlaps; a cluster has one block (linear_large's, of two, run on a card only).
 #pragma once
 
 // All of CUDA's headers that kernels use, before __CUDA_ARCH__ is defined: for the host.
