@@ -249,7 +249,7 @@ struct Group {
           }
         __syncwarp();
         if constexpr (kGated) {
-          const int row0 = first_row<kCluster>(p, item) + 64 * b + 16 * warp;
+          const int row0 = warp_row(item, b);
           const int col0 = 8 * kHalf * item.column_tile;
 #pragma unroll 2
           for (int j = 0; j < kStored; ++j) {
@@ -261,7 +261,11 @@ struct Group {
         }
       }
   }
-  // Of 16 rows a lane stores kStored vectors.
+  // The first of a block's 16 rows of x that are this warp's; of them a lane stores kStored
+  // vectors.
+  __device__ __forceinline__ int warp_row(const Item& item, int b) const {
+    return first_row<kCluster>(p, item) + 64 * b + 16 * warp;
+  }
   __device__ __forceinline__ int stored_row(int j) const { return (lane + 32 * j) / kHalf; }
   __device__ __forceinline__ int stored_chunk(int j) const { return (lane + 32 * j) % kHalf; }
   __device__ __forceinline__ uint4 load_staged(int row, int chunk) const {
@@ -289,8 +293,7 @@ struct Group {
     const int kv_head = head - p.rope.num_heads;
     if (col >= p.n) return;
     if (kv_head < 0) {
-      T* out = static_cast<T*>(p.a.out) + col +
-               int64_t{first_row<kCluster>(p, item) + 64 * b + 16 * warp} * p.a.out_stride;
+      T* out = static_cast<T*>(p.a.out) + col + int64_t{warp_row(item, b)} * p.a.out_stride;
 #pragma unroll
       for (int j = 0; j < kStored; ++j)
         *reinterpret_cast<uint4*>(out + stored_row(j) * p.a.out_stride + 8 * stored_chunk(j)) =
@@ -327,7 +330,7 @@ struct Group {
   // them. So additions are made in the order of normalise_head(). A lane has four rows.
 
   __device__ __forceinline__ int row_of(const Item& item, int r) const {
-    return first_row<kCluster>(p, item) + r / 2 * 64 + 16 * warp + r % 2 * 8 + lane / 4;
+    return warp_row(item, r / 2) + r % 2 * 8 + lane / 4;
   }
   // What memory has for the results is on its way while the products are made.
   __device__ __forceinline__ void look_up(const Item& item) {
@@ -345,7 +348,7 @@ struct Group {
       for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
         for (int j = 0; j < kStored; ++j) {
-          const int row = first_row<kCluster>(p, item) + 64 * b + 16 * warp + stored_row(j);
+          const int row = warp_row(item, b) + stored_row(j);
           const auto slot = static_cast<int32_t>(p.rope.slot_mapping[row]);
           const int32_t block = slot / kv.block_size;
           const int64_t at = kv.v_offset(block, 0, slot - block * kv.block_size, 0);

@@ -109,6 +109,15 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, 
       "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
       : "memory");
 }
+// Consecutive bytes, a multiple of 16, from and to multiples of 16.
+__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes,
+                                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
 
 // -- Clusters of kCluster CTAs, 1 or 2 ------------------------------------------------------------
 
@@ -153,16 +162,6 @@ __device__ __forceinline__ void copy_box_to_cluster(uint32_t to, const CUtensorM
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
       "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(static_cast<uint16_t>((1 << kCluster) - 1))
-      : "memory");
-}
-
-// Consecutive bytes, a multiple of 16, from and to multiples of 16.
-__device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes,
-                                           uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(to),
-      "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
 
