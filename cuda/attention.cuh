@@ -11,9 +11,10 @@
 // Fragments of mma.sync m16n8k16 (PTX ISA), lane = 4 g + c: the accumulator of 16 x 8 holds rows g
 // and g + 8, columns 2 c and 2 c + 1; wgmma's accumulator is the same for each warp's 16 rows.
 //
-// fp8 caches stay fp8 in shared memory and become 16-bit in registers (exactly). A 16-byte row
+// fp8 caches stay fp8 in shared memory and become f16 in registers (exactly); so q (rounded; beyond
+// 65504 it saturates) and P are f16 beside them, whatever activations are (Operand). A 16-byte row
 // segment then holds 16 dimensions instead of 8, which permutes what a lane has: dimensions of a
-// group of 16 for q.k (q is permuted alike: permute_q, or as it is read), columns of the output
+// group of 16 for q.k (q is permuted alike: as_operands, or as it is read), columns of the output
 // (see store_unit).
 #pragma once
 
@@ -117,6 +118,12 @@ __device__ __forceinline__ float capped_score(float s, const ScoreScale& scale) 
   const float e = fast_exp2(__fmul_rn(s, scale.cap_in));
   return __fmul_rn(scale.cap, __fmaf_rn(-2.0f, fast_reciprocal(__fadd_rn(e, 1.0f)), 1.0f));
 }
+
+template <typename C>
+inline constexpr bool kIsFp8 = std::is_same_v<C, __nv_fp8_e4m3>;
+// The type of the products, for activations T and a cache of C.
+template <typename T, typename C>
+using Operand = std::conditional_t<kIsFp8<C>, __half, T>;
 
 // A maximum that may be subtracted: that of nothing counts as 0.
 __device__ __forceinline__ float safe_max(float m) {
@@ -339,31 +346,35 @@ struct BoxLayout {
   }
 };
 
-// Four e4m3 in bytes 1 and 3 of two words (bytes 0 and 2 are zero) -> the 16-bit type, exactly: the
-// exponent is put in place and its bias corrected by a power of two (subnormals come out right).
-template <typename T>
+// Two e4m3 in the lower half of a word -> f16, exactly.
 __device__ __forceinline__ uint32_t widen_fp8(uint32_t w) {
-  const uint32_t sign = w & 0x80008000u, rest = w & 0x7f007f00u;
-  if constexpr (std::is_same_v<T, __half>) {
-    const uint32_t bits = sign | (rest >> 1);
-    const __half2 v = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
-    return reinterpret_cast<const uint32_t&>(v);
-  } else {
-    const uint32_t bits = sign | (rest >> 4);
-    const __nv_bfloat162 v =
-        __hmul2(reinterpret_cast<const __nv_bfloat162&>(bits), __float2bfloat162_rn(0x1p120f));
-    return reinterpret_cast<const uint32_t&>(v);
-  }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint32_t v;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(v) : "h"(static_cast<uint16_t>(w)));
+  return v;
+#else  // the exponent is put in place and its bias corrected (subnormals come out right); NaN is
+       // 480
+  const uint32_t spread = __byte_perm(w, 0, 0x1404);
+  const uint32_t bits = (spread & 0x80008000u) | (spread & 0x7f007f00u) >> 1;
+  const __half2 v = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
+  return reinterpret_cast<const uint32_t&>(v);
+#endif
 }
 
-template <typename C>
-inline constexpr bool kIsFp8 = std::is_same_v<C, __nv_fp8_e4m3>;
+// Two bf16 -> f16, rounded; beyond its range they saturate, NaN stays NaN.
+__device__ __forceinline__ uint32_t f16_of_bf16(uint32_t two) {
+  uint32_t v;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;"
+      : "=r"(v)
+      : "f"(__uint_as_float(two & 0xffff0000u)), "f"(__uint_as_float(two << 16)));
+  return v;
+}
 
 // B fragments [k step][n tile][2] of two steps of 16 and two tiles of 8.
 using Fragments = uint32_t[2][2][2];
 
 // For q.k: tokens [token, token + 16) are the columns, dimensions [32 k2, + 32) the two steps.
-template <typename T, typename C, typename Layout>
+template <typename C, typename Layout>
 __device__ __forceinline__ void load_k(Fragments& b, uint32_t tile, int token, int k2, int lane) {
   const int row = token + lane % 8 + lane / 16 * 8, half = lane / 8 % 2;
   uint32_t r[4];
@@ -371,8 +382,8 @@ __device__ __forceinline__ void load_k(Fragments& b, uint32_t tile, int token, i
     ldmatrix_x4(r, tile + Layout::at(row, 2 * k2 + half));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      b[i % 2][i / 2][0] = widen_fp8<T>(__byte_perm(r[i], 0, 0x1404));
-      b[i % 2][i / 2][1] = widen_fp8<T>(__byte_perm(r[i], 0, 0x3424));
+      b[i % 2][i / 2][0] = widen_fp8(r[i]);
+      b[i % 2][i / 2][1] = widen_fp8(r[i] >> 16);
     }
   } else {
 #pragma unroll
@@ -386,15 +397,16 @@ __device__ __forceinline__ void load_k(Fragments& b, uint32_t tile, int token, i
 
 // For P.V: columns are the unit of 16 dimensions `unit`, tokens [token, token + 32) the two steps.
 // With fp8, tile 0 holds the even dimensions and tile 1 the odd ones.
-template <typename T, typename C, typename Layout>
+template <typename C, typename Layout>
 __device__ __forceinline__ void load_v(Fragments& b, uint32_t tile, int token, int unit, int lane) {
   uint32_t r[4];
   if constexpr (kIsFp8<C>) {
     ldmatrix_x4_trans(r, tile + Layout::at(token + lane, unit));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // 8 tokens each
-      b[i / 2][0][i % 2] = widen_fp8<T>(__byte_perm(r[i], 0, 0x2404));
-      b[i / 2][1][i % 2] = widen_fp8<T>(__byte_perm(r[i], 0, 0x3414));
+      const uint32_t even_odd = __byte_perm(r[i], 0, 0x3120);
+      b[i / 2][0][i % 2] = widen_fp8(even_odd);
+      b[i / 2][1][i % 2] = widen_fp8(even_odd >> 16);
     }
   } else {
 #pragma unroll
@@ -406,10 +418,14 @@ __device__ __forceinline__ void load_v(Fragments& b, uint32_t tile, int token, i
   }
 }
 
-// 16 elements of q as the two 16-byte segments of its row in shared memory: for fp8 caches in the
-// order in which load_k's lanes hold the dimensions.
-template <typename C>
-__device__ __forceinline__ void permute_q(uint4 (&v)[2]) {
+// 16 elements of q as the two 16-byte segments of its row in shared memory: for fp8 caches as f16,
+// in the order in which load_k's lanes hold the dimensions.
+template <typename T, typename C>
+__device__ __forceinline__ void as_operands(uint4 (&v)[2]) {
+  if constexpr (!std::is_same_v<T, Operand<T, C>>) {
+#pragma unroll
+    for (uint4& s : v) s = {f16_of_bf16(s.x), f16_of_bf16(s.y), f16_of_bf16(s.z), f16_of_bf16(s.w)};
+  }
   if constexpr (kIsFp8<C>) {
     const uint4 low{v[0].x, v[0].z, v[1].x, v[1].z}, high{v[0].y, v[0].w, v[1].y, v[1].w};
     v[0] = low;

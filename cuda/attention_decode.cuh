@@ -165,8 +165,8 @@ struct Sums {
       for (int i = 0; i < 8; ++i)
         o[u][i / 4][i % 4] = merge_sum(o[u][i / 4][i % 4], chunk.o[u][i / 4][i % 4], f[i % 4 / 2]);
   }
-  // l += P 1 and O += P V for 64 tokens; `p`: address of this lane's row and half in P [16][64] as
-  // ldmatrix takes it, for 16 tokens k at p(k).
+  // l += P 1 and O += P V for 64 tokens, P of type T; `p`: address of this lane's row and half in P
+  // [16][64] as ldmatrix takes it, for 16 tokens k at p(k).
   template <typename T, typename C, typename Layout, typename P>
   __device__ __forceinline__ void add_values(const P& p, uint32_t v, int warp, int lane) {
 #pragma unroll
@@ -182,7 +182,7 @@ struct Sums {
         const int unit = warp + u * kDecodeWarps;
         if (!has_unit(unit)) break;
         Fragments b;
-        load_v<T, C, Layout>(b, v, 32 * k2, unit, lane);
+        load_v<C, Layout>(b, v, 32 * k2, unit, lane);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           mma<T>(o[u][i % 2], a[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
@@ -252,6 +252,16 @@ __device__ __forceinline__ const Element* step_pointer(const Element* at, int64_
   return at;
 }
 
+// Four columns of a row, all of whose chunks are in l and a.
+template <typename T>
+__device__ __forceinline__ void write_merged(const DecodeParams& p, T* to, float l,
+                                             const float (&a)[4]) {
+  const float scale = final_scale(l, p.attn.kv.v_scale);
+  *reinterpret_cast<uint2*>(to) =
+      uint2{pack2_out<T>(__fmul_rn(a[0], scale), __fmul_rn(a[1], scale)),
+            pack2_out<T>(__fmul_rn(a[2], scale), __fmul_rn(a[3], scale))};
+}
+
 // All chunks of the row tile, ascending; a thread has 4 columns of a row, kAhead chunks are asked
 // for at a time. Loads bypass L1, which may hold what lay there before.
 template <typename T, int D, int kAhead>
@@ -289,10 +299,7 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Work
         for (int e = 0; e < 4; ++e) a[e] = is_first ? o[e] : merge_sum(a[e], o[e], f);
       }
     }
-    const float scale = final_scale(l, p.attn.kv.v_scale);
-    *reinterpret_cast<uint2*>(out_row<T>(p, w, packed) + 4 * vector) =
-        uint2{pack2_out<T>(__fmul_rn(a[0], scale), __fmul_rn(a[1], scale)),
-              pack2_out<T>(__fmul_rn(a[2], scale), __fmul_rn(a[3], scale))};
+    write_merged(p, out_row<T>(p, w, packed) + 4 * vector, l, a);
   }
 }
 

@@ -116,7 +116,7 @@ __device__ __forceinline__ void wait_for_tiles(int stages) {
 }
 
 // The 16 rows of q to shared memory; zeros where there is none.
-template <typename C, int D>
+template <typename T, typename C, int D>
 __device__ __forceinline__ void load_q(const DecodeParams& p, const Work& w, unsigned char* tile) {
   for (int i = threadIdx.x; i < kMmaRows * (D / 16); i += kDecodeThreads) {
     const int r = i / (D / 16), unit = i % (D / 16);
@@ -130,7 +130,7 @@ __device__ __forceinline__ void load_q(const DecodeParams& p, const Work& w, uns
       v[0] = *reinterpret_cast<const uint4*>(from);
       v[1] = *reinterpret_cast<const uint4*>(from + 8);
     }
-    permute_q<C>(v);
+    as_operands<T, C>(v);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       *reinterpret_cast<uint4*>(tile + segment_offset<2 * D>(r, 2 * unit + h)) = v[h];
@@ -141,6 +141,7 @@ template <typename T, typename C, int D>
 class Decoder {
  public:
   using Tiles = Loader<C, D>;
+  using Type = Operand<T, C>;
 
   __device__ Decoder(const DecodeParams& p, unsigned char* smem)
       : p_(p),
@@ -186,7 +187,7 @@ class Decoder {
 
   // The unit's tiles.
   __device__ __forceinline__ void attend(const Work& w, Sums<D>& total) {
-    load_q<C, D>(p_, w, q_);
+    load_q<T, C, D>(p_, w, q_);
     if (!has_tiles_) wait_for_tiles(p_.stages);  // the first ones come beside the first q
     has_tiles_ = true;
     __syncthreads();
@@ -217,10 +218,10 @@ class Decoder {
         ldmatrix_x4(q[k],
                     q_address_ + segment_offset<2 * D>(lane % 16, 4 * k2 + 2 * k + lane / 16));
       Fragments b;
-      load_k<T, C, typename Tiles::Layout>(b, tiles_.k_tile(stage_), 16 * warp_, k2, lane);
+      load_k<C, typename Tiles::Layout>(b, tiles_.k_tile(stage_), 16 * warp_, k2, lane);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        mma<T>(s[i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
+        mma<Type>(s[i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
     }
     cap_and_mask(s, tile);
     share_maxima(s);
@@ -271,8 +272,8 @@ class Decoder {
       chunk.m[r] = top;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        const uint32_t pair = pack2<T>(probability(s[n][2 * r], p_.scale.c, minus_mc),
-                                       probability(s[n][2 * r + 1], p_.scale.c, minus_mc));
+        const uint32_t pair = pack2<Type>(probability(s[n][2 * r], p_.scale.c, minus_mc),
+                                          probability(s[n][2 * r + 1], p_.scale.c, minus_mc));
         const int column = 16 * warp_ + 8 * n + 2 * (lane_ % 4);
         *reinterpret_cast<uint32_t*>(p_tile_ + row(r) * kDecodePStride + column) = pair;
       }
@@ -283,8 +284,8 @@ class Decoder {
   __device__ __forceinline__ void add_values(Sums<D>& chunk) {
     const int lane = opaque_lane();
     const uint32_t from = smem_address(p_tile_ + lane % 16 * kDecodePStride + lane / 16 * 8);
-    chunk.template add_values<T, C, typename Tiles::Layout>([&](int k) { return from + k * 32; },
-                                                            tiles_.v_tile(stage_), warp_, lane);
+    chunk.template add_values<Type, C, typename Tiles::Layout>([&](int k) { return from + k * 32; },
+                                                               tiles_.v_tile(stage_), warp_, lane);
   }
 
   // True in the CTA that is the last of its sequence, kv head and row tile.

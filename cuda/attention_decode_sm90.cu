@@ -59,6 +59,16 @@ struct Memory {
 
   __device__ uint32_t tile(int stage) const { return address + stage * kTileBytes; }
   __device__ uint32_t p(int tile) const { return address + kP + tile * kPBytes; }
+  // Of chunks that are merged: sums of kMergedRows rows in the ring's place, factors in that of P:
+  // what the chunks before are worth under the maximum that this one may move, what this one is,
+  // and its l under that.
+  static constexpr int kMergedRows = kComputeThreads / (D / 4), kMergedBytes = kMergedRows * D * 4;
+  static constexpr int kMergedParts = kStages * kTileBytes / kMergedBytes / 8 * 8;
+  static constexpr int kFactors = kDecodeWarps * kPBytes / (16 * kMergedRows) / 8 * 8;
+  static_assert(kMergedParts > 0 && kMergedBytes % 16 == 0);
+  __device__ float4* factors(int row) const {
+    return reinterpret_cast<float4*>(base + kP) + row * kFactors;
+  }
   // Rows of a unit: q; with kRope, behind those of the group: k, v, cosines and sines of the token.
   __device__ uint32_t q(int unit) const { return address + kQ + unit * kMmaRows * kQRow; }
   template <typename Element>
@@ -379,12 +389,17 @@ class Computer {
       if (!is_done) {
         unit_ = unit.stage;
         if (!has_q) wait_for_previous();
-        if constexpr (kRope) rotate(w, has_q);
+        if constexpr (kRope) {
+          rotate(w, has_q);
+        } else if constexpr (!std::is_same_v<T, Type>) {
+          convert_q(w);
+        }
         has_q = true;
         attend(w);
       }
-      if (has_part) finish_part();
-      if (is_done || w.is_last != 0) break;
+      const bool is_end = is_done || w.is_last != 0;
+      if (has_part) finish_part(is_end);
+      if (is_end) break;
       has_part = w.is_part();
       __syncwarp();
       if (lane_ == 0) {
@@ -397,17 +412,122 @@ class Computer {
 
  private:
   using Layout = typename Memory<C, D>::Layout;
+  using Type = Operand<T, C>;
   static constexpr int kStages = Memory<C, D>::kStages;
 
   static __device__ __forceinline__ void sync() {
     asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
   }
 
-  // The part that was written before is counted by now; was it the last, all are merged.
-  __device__ __forceinline__ void finish_part() {
+  // The part that was written before is counted by now; was it the last, all are merged. is_end: no
+  // more tiles come, so that the ring is free.
+  __device__ __forceinline__ void finish_part(bool is_end) {
+    constexpr int kMany = 24;  // with 16 it is slower, with 50 faster
     wait(memory_.part_counted(), counted_phase_);
     counted_phase_ ^= 1;
-    if (memory_.merge().item >= 0) merge_partials<T, D, 8>(p_, memory_.merge());
+    const Work& w = memory_.merge();
+    if (w.item < 0) return;
+    if (is_end && w.num_chunks > kMany) {
+      const int rows = w.rows_of_tile(p_.group);
+      for (int row = 0; row < rows; row += Memory<C, D>::kMergedRows)
+        merge_many(w, row, min(rows - row, Memory<C, D>::kMergedRows));
+    } else {
+      merge_partials<T, D, 8>(p_, w);
+    }
+  }
+
+  // All chunks, ascending, of `rows` rows from `row` on: as merge_partials(), with the bits of it.
+  // A warp a row first makes the factors, a lane a chunk, which go where P was; so four columns of
+  // a chunk take a thread nine operations. Sums come where the ring was, kMergedParts ahead; a
+  // thread copies what it will read.
+  __device__ __forceinline__ void merge_many(const Work& w, int row, int rows) {
+    using M = Memory<C, D>;
+    constexpr int kGroup = 8, kGroups = M::kMergedParts / kGroup, kVectors = D / 4;
+    constexpr int kRowsOfWarp = (M::kMergedRows + kDecodeWarps - 1) / kDecodeWarps;
+    const int first = w.row_tile * kMmaRows + row;
+    const int64_t at = partial_row(p_, w, first);
+    const int64_t stride = int64_t{p_.partial_rows} * (D + 2);  // from chunk to chunk
+    const float* const begin = p_.partial(w.first_item + w.first_chunk);
+    const int i = threadIdx.x, of_row = i / kVectors, vector = i - of_row * kVectors;
+    const bool has_row = of_row < rows;
+    int copied = 0, slot = 0;
+    const float* from = begin + 2 * p_.partial_rows + at * D + 4 * i;
+    const auto fetch = [&] {  // zeros behind the last one
+#pragma unroll 4
+      for (int j = 0; j < kGroup; ++j) {
+        if (has_row)
+          cp_async16(memory_.tile(0) + (slot + j) * M::kMergedBytes + 16 * i, from,
+                     copied < w.num_chunks);
+        from += stride;
+        ++copied;
+      }
+      cp_async_commit();
+      slot = slot + kGroup == M::kMergedParts ? 0 : slot + kGroup;
+    };
+    sync();  // all are done with the ring
+#pragma unroll 1
+    for (int g = 0; g < kGroups; ++g) fetch();
+    float l = 0, a[4] = {}, tops[kRowsOfWarp];
+#pragma unroll
+    for (float& top : tops) top = -INFINITY;
+#pragma unroll 1
+    for (int base = 0; base < w.num_chunks; base += M::kFactors) {
+      const int count = min(M::kFactors, w.num_chunks - base);
+      const int padded = (count + kGroup - 1) / kGroup * kGroup;
+      if (base > 0) sync();  // all are done with the factors before
+#pragma unroll
+      for (int k = 0; k < kRowsOfWarp; ++k) {
+        const int r = warp_ + k * kDecodeWarps;
+        if (r >= rows) break;
+#pragma unroll 1
+        for (int j = lane_; j < (padded + 31) / 32 * 32; j += 32) {
+          float2 ml{-INFINITY, 0};
+          if (j < count)
+            ml = __ldcg(reinterpret_cast<const float2*>(begin + (base + j) * stride) + at + r);
+          float top = fmaxf(tops[k], ml.x);  // of this chunk and those before it
+#pragma unroll
+          for (int apart = 1; apart < 32; apart *= 2) {
+            const float theirs = __shfl_up_sync(kAll, top, apart);
+            if (lane_ >= apart) top = fmaxf(top, theirs);
+          }
+          const float others = __shfl_up_sync(kAll, top, 1), before = lane_ == 0 ? tops[k] : others;
+          tops[k] = __shfl_sync(kAll, top, 31);
+          const float safe = safe_max(top), factor = rescale(ml.x, safe, p_.scale.c);
+          if (j < padded)
+            memory_.factors(r)[j] = {rescale(before, safe, p_.scale.c), factor,
+                                     __fmul_rn(ml.y, factor), 0};
+        }
+      }
+      sync();
+      const float4* factors = memory_.factors(has_row ? of_row : 0);
+      const float4* sums = reinterpret_cast<const float4*>(memory_.base) + i;
+#pragma unroll 1
+      for (int j = 0; j < padded; j += kGroup) {
+        cp_async_wait<kGroups - 1>();
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) {
+          const float4 f = factors[j + k], s = sums[(slot + k) * (M::kMergedBytes / 16)];
+          const float o[4] = {s.x, s.y, s.z, s.w};
+          l = __fmaf_rn(l, f.x, f.z);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) a[e] = merge_sum(a[e], o[e], {f.x, f.y});
+        }
+        fetch();
+      }
+    }
+    cp_async_wait<0>();
+    if (has_row) write_merged(p_, out_row<T>(p_, w, first + of_row) + 4 * vector, l, a);
+  }
+
+  // The unit's q, as it came, becomes what it is multiplied as.
+  __device__ __forceinline__ void convert_q(const Work& w) const {
+    const int rows = w.rows_of_tile(p_.group);
+    for (int row = warp_; row < rows; row += kDecodeWarps)
+      for (int i = lane_; i < D / 2; i += 32) {
+        uint32_t& two = memory_.template row<uint32_t>(unit_, row)[i];
+        two = f16_of_bf16(two);
+      }
+    sync();
   }
 
   // -- With kRope: pairs of elements as rope.cuh has them.
@@ -446,7 +566,11 @@ class Computer {
         const int i = 2 * lane_ + 64 * k;
         if (!has_pair(k)) continue;
         if (row < group) {
-          store_pair(x + i, v[k], 1.0f);
+          if constexpr (std::is_same_v<T, Type>) {
+            store_pair(x + i, v[k], 1.0f);
+          } else {
+            *reinterpret_cast<uint32_t*>(x + i) = f16_of_bf16(pack2<T>(v[k].x, v[k].y));
+          }
         } else {  // as the cache has them
           store_pair(reinterpret_cast<C*>(x) + i, v[k], inverse);
           if (cached != nullptr) store_pair(cached + i, v[k], inverse);
@@ -598,7 +722,7 @@ class Computer {
       wait(memory_.full(place_.stage), place_.phase);
       if (const int valid = context_ - tile * kTile; valid <= kTile) finish_values(v, valid);
       const uint32_t p = memory_.p(i);
-      chunk.template add_values<T, C, Layout>(
+      chunk.template add_values<Type, C, Layout>(
           [&](int k) { return p + segment_offset<128>(lane_ % 16, 2 * k + lane_ / 16); }, v, warp_,
           lane_);
       release(1);
@@ -629,10 +753,10 @@ class Computer {
 #pragma unroll
       for (int n2 = 0; n2 < kTile / 16; ++n2) {
         Fragments b;
-        load_k<T, C, Layout>(b, k_tile, 16 * n2, k2, lane_);
+        load_k<C, Layout>(b, k_tile, 16 * n2, k2, lane_);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          mma<T>(s[2 * n2 + i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
+          mma<Type>(s[2 * n2 + i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
       }
     }
   }
@@ -680,8 +804,8 @@ class Computer {
     for (int n = 0; n < kTile / 8; ++n)
       asm volatile("st.shared.b32 [%0], %1;" ::"r"(p + segment_offset<128>(lane_ / 4 + 8 * r, n) +
                                                    lane_ % 4 * 4),
-                   "r"(pack2<T>(probability(s[n][2 * r], p_.scale.c, minus_mc),
-                                probability(s[n][2 * r + 1], p_.scale.c, minus_mc)))
+                   "r"(pack2<Type>(probability(s[n][2 * r], p_.scale.c, minus_mc),
+                                   probability(s[n][2 * r + 1], p_.scale.c, minus_mc)))
                    : "memory");
   }
 

@@ -56,7 +56,7 @@ __device__ __forceinline__ bool find_work(const PrefillParams& p, int out_parts,
 }
 
 // q to shared memory, rows beyond the last one as zeros.
-template <typename C, int D>
+template <typename T, typename C, int D>
 __device__ __forceinline__ void load_q(const PrefillParams& p, const Work& w, unsigned char* tile) {
   for (int i = threadIdx.x; i < p.rows * (D / 16); i += blockDim.x) {
     const int r = i / (D / 16), unit = i % (D / 16);
@@ -68,7 +68,7 @@ __device__ __forceinline__ void load_q(const PrefillParams& p, const Work& w, un
       v[0] = *reinterpret_cast<const uint4*>(from);
       v[1] = *reinterpret_cast<const uint4*>(from + 8);
     }
-    permute_q<C>(v);
+    as_operands<T, C>(v);
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       *reinterpret_cast<uint4*>(tile + segment_offset<2 * D>(r, 2 * unit + h)) = v[h];
@@ -186,6 +186,7 @@ class Prefill {
  public:
   static constexpr int kOut = prefill_out_cols(D), kOutParts = D / kOut;
   using Tiles = Loader<C, D, kOut>;
+  using Type = Operand<T, C>;
 
   __device__ Prefill(const PrefillParams& p, const Work& w, unsigned char* smem)
       : p_(p),
@@ -195,7 +196,7 @@ class Prefill {
 
   __device__ __forceinline__ void run(const Work& w, unsigned char* smem) {
     tiles_.issue(0);
-    load_q<C, D>(p_, w, smem);
+    load_q<T, C, D>(p_, w, smem);
     total_.clear();
     Sums<kOut> chunk;
     chunk.clear();
@@ -236,7 +237,7 @@ class Prefill {
     }
     float alpha[2];
     uint32_t probabilities[kTile / 16][4];
-    softmax_tile<T>(s, chunk.m, alpha, probabilities, p_.scale.c);
+    softmax_tile<Type>(s, chunk.m, alpha, probabilities, p_.scale.c);
     chunk.scale(alpha);
     add_values(probabilities, tiles_.v_tile(stage), chunk);
   }
@@ -256,10 +257,10 @@ class Prefill {
 #pragma unroll
       for (int n2 = 0; n2 < kTile / 16; ++n2) {
         Fragments b;
-        load_k<T, C, RowLayout<Tiles::kKBytes>>(b, k_tile, 16 * n2, k2, lane);
+        load_k<C, RowLayout<Tiles::kKBytes>>(b, k_tile, 16 * n2, k2, lane);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          mma<T>(s[2 * n2 + i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
+          mma<Type>(s[2 * n2 + i % 2], q[i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
       }
     }
   }
@@ -270,14 +271,14 @@ class Prefill {
 #pragma unroll
     for (int k2 = 0; k2 < kTile / 32; ++k2) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) mma<T>(chunk.l, a[2 * k2 + k], kOnes2<T>, kOnes2<T>);
+      for (int k = 0; k < 2; ++k) mma<Type>(chunk.l, a[2 * k2 + k], kOnes2<Type>, kOnes2<Type>);
 #pragma unroll
       for (int u = 0; u < kOut / 16; ++u) {
         Fragments b;
-        load_v<T, C, RowLayout<Tiles::kVBytes>>(b, v_tile, 32 * k2, u, lane);
+        load_v<C, RowLayout<Tiles::kVBytes>>(b, v_tile, 32 * k2, u, lane);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          mma<T>(chunk.o[u][i % 2], a[2 * k2 + i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
+          mma<Type>(chunk.o[u][i % 2], a[2 * k2 + i / 2], b[i / 2][i % 2][0], b[i / 2][i % 2][1]);
       }
     }
   }

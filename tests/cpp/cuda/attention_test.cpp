@@ -7,6 +7,7 @@
 #include <numeric>
 #include <ostream>
 #include <string>
+#include <tuple>
 
 #include "../../../cuda/attention_plan.h"
 #include "core/attn_items.h"
@@ -620,6 +621,25 @@ TEST_F(CudaAttentionBits, HoldForLongContexts) {
     scene.expect_close(scene.run({{0, 5000, 4}}, Path::chunks), {{0, 5000, 4}});
   }
 }
+
+// A part for every chunk: more of them than Hopper's kernel can merge at once.
+class CudaAttentionManyParts : public testing::TestWithParam<int32_t> {};
+
+TEST_P(CudaAttentionManyParts, AreMerged) {
+  for (const auto& [group, kv_heads, fp8] :
+       {std::tuple{4, 1, false}, {1, 3, false}, {5, 1, true}, {16, 1, true}}) {
+    const Shape shape{group * kv_heads, kv_heads, GetParam(), DType::bf16, fp8, 16, 0, 0};
+    SCOPED_TRACE(testing::Message() << shape);
+    const std::vector<int32_t> lengths = {GetParam() == 256 ? 25700 : 12000, 2400};
+    Scene scene(shape, lengths, 11);
+    for (const std::vector<Piece>& pieces :
+         {std::vector<Piece>{{0, lengths[0], 1}}, {{1, 2400, 1}, {0, 11000, 2}}})
+      scene.expect_close(scene.run(pieces, Path::chunks), pieces);
+    if (HasFailure()) return;
+  }
+}
+INSTANTIATE_TEST_SUITE_P(HeadDims, CudaAttentionManyParts, testing::Values(64, 96, 128, 256),
+                         testing::PrintToStringParamName());
 
 // Whichever block is the last of a result, and whatever was in shared memory before.
 TEST(CudaAttention, DecodeHasTheSameBitsEveryTime) {

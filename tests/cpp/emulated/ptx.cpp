@@ -1,11 +1,13 @@
 // The instructions that kernels use as inline PTX (emulated.h; PTX ISA).
 #include <cctype>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string_view>
 #include <unordered_map>
 #include <vector>
 
+#include "core/types.h"
 #include "emulated.h"
 #include "tensor_map.h"
 
@@ -55,9 +57,17 @@ struct Call {
 // -- Arithmetic -----------------------------------------------------------------------------------
 
 void convert(const Call& c) {  // two floats, the first one into the upper half
-  const bool is_bf16 = c.has("bf16x2");
-  c.set(0, static_cast<uint32_t>(narrow(c.value<float>(1), is_bf16)) << 16 |
-               narrow(c.value<float>(2), is_bf16));
+  const bool is_bf16 = c.has("bf16x2"), saturates = c.has("satfinite");
+  const auto one = [&](float v) -> uint32_t {
+    if (saturates && std::abs(v) > 65504.0f) v = std::copysign(65504.0f, v);
+    return narrow(v, is_bf16);
+  };
+  if (c.has("e4m3x2")) {  // of two fp8, the lower one stays there
+    const auto two = c.value<uint16_t>(1);
+    const auto float_of = [](int byte) { return to_float(fp8{static_cast<uint8_t>(byte)}); };
+    return c.set(0, one(float_of(two >> 8)) << 16 | one(float_of(two & 0xff)));
+  }
+  c.set(0, one(c.value<float>(1)) << 16 | one(c.value<float>(2)));
 }
 
 // The operands of a warp's product of 16 x 8 x 16. A lane has of A the rows g = lane / 4 and g + 8,
