@@ -444,6 +444,7 @@ class Computer {
     using M = Memory<C, D>;
     constexpr int kGroup = 8, kGroups = M::kMergedParts / kGroup, kVectors = D / 4;
     constexpr int kRowsOfWarp = (M::kMergedRows + kDecodeWarps - 1) / kDecodeWarps;
+    const int chunks = w.num_chunks;  // or it is read again and again
     const int first = w.row_tile * kMmaRows + row;
     const int64_t at = partial_row(p_, w, first);
     const int64_t stride = int64_t{p_.partial_rows} * (D + 2);  // from chunk to chunk
@@ -457,7 +458,7 @@ class Computer {
       for (int j = 0; j < kGroup; ++j) {
         if (has_row)
           cp_async16(memory_.tile(0) + (slot + j) * M::kMergedBytes + 16 * i, from,
-                     copied < w.num_chunks);
+                     copied < chunks);
         from += stride;
         ++copied;
       }
@@ -471,8 +472,8 @@ class Computer {
 #pragma unroll
     for (float& top : tops) top = -INFINITY;
 #pragma unroll 1
-    for (int base = 0; base < w.num_chunks; base += M::kFactors) {
-      const int count = min(M::kFactors, w.num_chunks - base);
+    for (int base = 0; base < chunks; base += M::kFactors) {
+      const int count = min(M::kFactors, chunks - base);
       const int padded = (count + kGroup - 1) / kGroup * kGroup;
       if (base > 0) sync();  // all are done with the factors before
 #pragma unroll
