@@ -352,8 +352,8 @@ __device__ __forceinline__ uint32_t widen_fp8(uint32_t w) {
   uint32_t v;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(v) : "h"(static_cast<uint16_t>(w)));
   return v;
-#else  // the exponent is put in place and its bias corrected (subnormals come out right); NaN is
-       // 480
+#else
+  // The exponent is put in place and its bias corrected (subnormals come out right); NaN is 480.
   const uint32_t spread = __byte_perm(w, 0, 0x1404);
   const uint32_t bits = (spread & 0x80008000u) | (spread & 0x7f007f00u) >> 1;
   const __half2 v = __hmul2(reinterpret_cast<const __half2&>(bits), __float2half2_rn(256.0f));
