@@ -130,6 +130,10 @@ class Scene {
   }
 
   int repeats = 2;  // of a decode
+  // Of a token's q.
+  float& q(int32_t seq, int32_t token, int32_t column) {
+    return seqs_[static_cast<size_t>(seq)].q[static_cast<size_t>(token * shape_.cols() + column)];
+  }
 
   // The rows of all pieces, one after the other: [rows, heads * head_dim].
   std::vector<float> run(const std::vector<Piece>& pieces, Path path) {
@@ -619,6 +623,28 @@ TEST_F(CudaAttentionBits, HoldForLongContexts) {
     expect(scene, tokens, Path::mixed, "mixed");
     expect(scene, {{0, 5000, 5000}}, Path::prefill, "prefill");
     scene.expect_close(scene.run({{0, 5000, 4}}, Path::chunks), {{0, 5000, 4}});
+  }
+}
+
+// Beside an fp8 cache q is f16: what is beyond its range saturates, NaN does not vanish.
+TEST(CudaAttention, Fp8QueriesSaturate) {
+  const Shape shape{4, 2, 64, DType::bf16, true, 16, 0, 0};
+  Scene scene(shape, {70}, 12);
+  for (const Path path : {Path::chunks, Path::prefill}) {
+    const std::vector<Piece> pieces = {{0, 70, path == Path::chunks ? 2 : 9}};
+    const auto with = [&](float large) {
+      scene.q(0, 69, 5) = large;
+      scene.q(0, 68, 64 + 7) = -large;
+      return scene.run(pieces, path);
+    };
+    const std::vector<float> at_limit = with(65536.0f);  // bf16 has no 65504
+    EXPECT_TRUE(std::all_of(at_limit.begin(), at_limit.end(), [](float v) { return v == v; }));
+    EXPECT_TRUE(same_bits(at_limit, with(1e6f)));
+    EXPECT_TRUE(same_bits(at_limit, with(INFINITY)));
+    const std::vector<float> nan = with(NAN);
+    const auto last = nan.end() - shape.cols();  // of its four heads the first has the NaN
+    EXPECT_TRUE(std::all_of(last, last + 64, [](float v) { return v != v; }));
+    EXPECT_TRUE(std::all_of(last + 64, nan.end(), [](float v) { return v == v; }));
   }
 }
 
