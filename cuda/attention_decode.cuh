@@ -296,7 +296,8 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Work
         const MergeFactors f = merge_max(m, next_ml[j].x, p.scale.c);
         l = is_first ? next_ml[j].y : merge_sum(l, next_ml[j].y, f);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) a[e] = is_first ? o[e] : merge_sum(a[e], o[e], f);
+        for (int e = 0; e < 4; ++e)
+          a[e] = is_first ? __fadd_rn(o[e], 0.0f) : merge_sum(a[e], o[e], f);
       }
     }
     write_merged(p, out_row<T>(p, w, packed) + 4 * vector, l, a);

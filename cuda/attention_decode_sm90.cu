@@ -493,7 +493,9 @@ class Computer {
           }
           const float others = __shfl_up_sync(kAll, top, 1), before = lane_ == 0 ? tops[k] : others;
           tops[k] = __shfl_sync(kAll, top, 31);
-          const float safe = safe_max(top), factor = rescale(ml.x, safe, p_.scale.c);
+          // To add -0 changes nothing.
+          const float safe = safe_max(top),
+                      factor = j < count ? rescale(ml.x, safe, p_.scale.c) : -0.0f;
           if (j < padded)
             memory_.factors(r)[j] = {rescale(before, safe, p_.scale.c), factor,
                                      __fmul_rn(ml.y, factor), 0};
@@ -507,6 +509,7 @@ class Computer {
         cp_async_wait<kGroups - 1>();
 #pragma unroll
         for (int k = 0; k < kGroup; ++k) {
+          if (!has_row) break;
           const float4 f = factors[j + k], s = sums[(slot + k) * (M::kMergedBytes / 16)];
           const float o[4] = {s.x, s.y, s.z, s.w};
           l = __fmaf_rn(l, f.x, f.z);
