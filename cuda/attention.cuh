@@ -12,11 +12,10 @@
 // and g + 8, columns 2 c and 2 c + 1; wgmma's accumulator is the same for each warp's 16 rows.
 //
 // fp8 caches stay fp8 in shared memory and become f16 in registers (exactly; before Ada NaN becomes
-// 480); so q (rounded; beyond
-// 65504 it saturates) and P are f16 beside them, whatever activations are (Operand). A 16-byte row
-// segment then holds 16 dimensions instead of 8, which permutes what a lane has: dimensions of a
-// group of 16 for q.k (q is permuted alike: as_operands, or as it is read), columns of the output
-// (see store_unit).
+// 480); so q (rounded; beyond 65504 it saturates) and P are f16 beside them, whatever activations
+// are (Operand). A 16-byte row segment then holds 16 dimensions instead of 8, which permutes what a
+// lane has: dimensions of a group of 16 for q.k (q is permuted alike: as_operands, or as it is
+// read), columns of the output (see store_unit).
 #pragma once
 
 #include <cuda_fp8.h>
