@@ -6,8 +6,8 @@
 profiler: it listens to the driver (CUPTI), so it sees the engine's kernels, copies and calls, all
 by one clock. Of the run only the steps count in which all requests decode. A step goes from the
 beginning of its first kernel (embed) to that of the next step's, so these are in it, in the order
-of the stream: the forward graph, the sampler's graph, the download of its tokens, the upload of the
-next step's inputs.
+of the stream: the forward graph, the graph of logits and sampler, which writes its tokens to the
+host's memory, the upload of the next step's inputs. That is a kernel's work, but a copy here.
 
 - idle: neither a kernel nor a copy runs. Between two steps that is the most that the card can have
   waited for the host; the card's own delays in starting copies and graphs are in it, too.
@@ -49,7 +49,8 @@ LIMIT = 30.0  # us of idle time between two steps
 IDLE_GAP = "of that, idle"
 
 FIRST, LAST, PROMPTS = "embed_kernel", "choose_kernel", "prefill"  # parts of kernels' names
-SAMPLER = "gather_kernel"  # begins the second graph: the rows that get logits
+SAMPLER = "segment_kernel"  # the sampler's first
+UPLOAD = "upload_kernel"  # copies a step's inputs
 CALLS = ("cudaMemcpyAsync", "cudaGraphLaunch", "cudaLaunch", "cudaEventSynchronize")
 WAIT = "cudaEventSynchronize"
 
@@ -87,7 +88,7 @@ class Step:
 
 
 def is_copy(event: Event) -> bool:
-    return event.name.startswith("Memcpy")
+    return event.name.startswith("Memcpy") or UPLOAD in event.name
 
 
 def union(events: Iterable[Event], tolerance: float = 0.0) -> list[tuple[float, float]]:
@@ -201,8 +202,8 @@ def lanes(step: Sequence[Event]) -> dict[str, list[Event]]:
     sampler = max(begins, default=step[-1].start)
     found: dict[str, list[Event]] = {"copies": [], "forward": [], "sampler": []}
     for event in own:
-        graph = "forward" if event.start < sampler else "sampler"
-        found["copies" if is_copy(event) else graph].append(event)
+        lane = "forward" if event.start < sampler else "sampler"
+        found["copies" if is_copy(event) else lane].append(event)
     return found
 
 

@@ -131,8 +131,10 @@ Buffer CudaBackend::alloc_host(size_t bytes) {
 void CudaBackend::upload(const void* host, void* device, size_t bytes) {
   if (bytes == 0) return;
   use_device();
+  const bool pinned = is_pinned(host);
+  if (pinned && upload_pinned(host, device, bytes, stream_)) return;
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_), "upload");
-  if (!is_pinned(host)) synchronize();
+  if (!pinned) synchronize();
 }
 
 void CudaBackend::download(const void* device, void* host, size_t bytes) {

@@ -64,7 +64,7 @@ struct SkinnyArgs {
   const float* bias = nullptr;  // rounded to `dtype` before it is added, like cuBLASLt's epilogue
   DType dtype = DType::bf16;    // of x and W
   void* out = nullptr;
-  DType out_dtype = DType::bf16;  // dtype, or f32 (then none of what follows)
+  DType out_dtype = DType::bf16;  // dtype, or f32 (then of what follows at most a norm)
   int64_t out_stride = 0;
   bool accumulate = false;  // out = round(out + round(y))
   bool settled = false;     // common.cuh; of W, norms, positions and slots

@@ -215,14 +215,19 @@ static bool is_for_sm90(const SkinnyArgs& a, const Card& card) {
 }
 
 bool fuses_skinny(const SkinnyArgs& a, const Card& card) {
-  if (!is_for_sm90(a, card) || a.x_stride % 8 != 0 || a.out_dtype != a.dtype) return false;
+  if (!is_for_sm90(a, card) || a.x_stride % 8 != 0) return false;
+  if (a.out_dtype != a.dtype && (a.gated || a.accumulate)) return false;
   if (a.gated && (a.accumulate || a.out_features % (2 * SkinnySm90Plan::kStripRows) != 0))
     return false;
   if (a.norm.weight == nullptr) return a.rows <= kSkinnyMaxTimedGateRows;
-  return a.norm.bias == nullptr && a.rows <= kSkinnyMaxNormRows &&
-         plan_skinny_sm90(a.rows, a.out_features, a.in_features, true, a.gated, card.num_sms,
-                          card.max_smem, card.smem_per_sm)
-             .fits();
+  if (a.norm.bias != nullptr || a.rows > kSkinnyMaxNormRows) return false;
+  const SkinnySm90Plan plan = plan_skinny_sm90(a.rows, a.out_features, a.in_features, true, a.gated,
+                                               card.num_sms, card.max_smem, card.smem_per_sm);
+  // Where the weights are many (lm_head), what x takes of the ring costs more than a norm apart.
+  constexpr int64_t kManyWeights = int64_t{256} << 20;  // bytes
+  constexpr int kLittleX = 16 << 10;
+  const bool is_long = !a.gated && 2 * a.out_features * a.in_features > kManyWeights;
+  return plan.fits() && (!is_long || plan.x_bytes <= kLittleX);
 }
 
 void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream) {

@@ -412,7 +412,10 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(Sampler s) {
   const int64_t at = s.first + row;
   const SamplingRow& r = s.step->sampling[at];
   const int32_t token = r.target >= 0 ? r.target : choose(s, r, row, sh);
-  if (threadIdx.x == 0) s.out.token_ids[at] = token;
+  if (threadIdx.x == 0) {
+    s.out.token_ids[at] = token;
+    if (s.step->host_ids != nullptr) s.step->host_ids[at] = token;
+  }
   if (!is_scored(r)) return;
 
   Scorer scorer(s, row, sh);

@@ -62,7 +62,8 @@ class Backend {
   // Host memory that the device copies from and to at full speed and without waiting.
   virtual Buffer alloc_host(size_t bytes) = 0;
   // In the order of the calls and of the operators; from and to memory of alloc_host() they may
-  // return before the copy is done (mark() and wait() tell when), else they return after.
+  // return before the copy is done (mark() and wait() tell when), else they return after. Operators
+  // write to memory of alloc_host(), too (StepInputs::host_ids).
   virtual void upload(const void* host, void* device, size_t bytes) = 0;
   virtual void download(const void* device, void* host, size_t bytes) = 0;
   virtual void synchronize() = 0;
@@ -124,7 +125,7 @@ class Backend {
   // Block copies of copy-on-write, one layer.
   virtual void copy_blocks(const StepInputs& in, const KvView& kv) = 0;
   // logits[n, vocab] fp32 are the logits of sampling rows [first, first + n); they may be
-  // overwritten. Writes rows [first, first + n) of `out`.
+  // overwritten. Writes rows [first, first + n) of `out`, and of in.host_ids.
   virtual void sample(Tensor logits, const StepInputs& in, int32_t first,
                       const SampleOutputs& out) = 0;
 };

@@ -477,6 +477,7 @@ void StagedBackend::sample(Tensor logits, const StepInputs& in, int32_t first,
   there.token_counts = call.pointer<TokenCount>(counts);
   there.token_biases = call.pointer<TokenBias>(biases);
   there.token_masks = call.pointer<uint32_t>(masks);
+  there.host_ids = nullptr;
   call.set_header(there);
   const SampleOutputs to{call.pointer<int32_t>(ids),        call.pointer<float>(logprobs),
                          call.pointer<int32_t>(ranks),      call.pointer<int32_t>(top_ids),

@@ -98,7 +98,8 @@ struct StepInputs {
   int32_t num_whole_items = 0;  // those of them that are a whole sequence, index -1
   int32_t num_prefill_items = 0;
   int32_t num_decode_ranges = 0;
-  bool plain_sampling = false;  // no row has top-k, top-p or min-p; false also where nobody looked
+  bool plain_sampling = false;   // no row has top-k, top-p or min-p; false also where nobody looked
+  bool logits_are_rows = false;  // logits_rows is 0, 1, …, T - 1; false also where nobody looked
 
   // [T]; an id below 0 stands for sampled_ids[-1 - id]: a token of the step before, which the host
   // has not seen yet.
@@ -125,6 +126,8 @@ struct StepInputs {
   const TokenCount* token_counts = nullptr;
   const TokenBias* token_biases = nullptr;
   const uint32_t* token_masks = nullptr;  // [mask rows, ceil(vocab / 32)], bit set: allowed
+  // [L] or null: where the sampler puts the token ids, too, for the host. Memory of alloc_host().
+  int32_t* host_ids = nullptr;
 
   // This struct as it lies in device memory, at an address that does not change: what a captured
   // step must not take from its launch (counts, strides, lists of any length) is read there.

@@ -330,6 +330,7 @@ void CpuBackend::sample(Tensor logits, const StepInputs& in, int32_t first,
     RowSampler sampler(kernels_, in, in.sampling[at], logits.as<float>() + r * logits.row_stride,
                        vocab, Workspace(memory + worker * workspace, vocab));
     out.token_ids[at] = sampler.choose();
+    if (in.host_ids != nullptr) in.host_ids[at] = out.token_ids[at];
     sampler.score(out.token_ids[at], at, out);
   });
 }

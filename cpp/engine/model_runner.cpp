@@ -200,10 +200,10 @@ void ModelRunner::run_largest_step() {
   StepBatch& batch = slots_[0].batch;
   batch.build(plan);
   batch.forbid_writes();
-  compute(upload(batch), 0);
+  compute(upload(slots_[0]), 0);
   backend_->synchronize();
   batch.build(StepPlan(), config_.max_num_seqs);  // decodes have working memory of their own
-  compute(upload(batch), 0);
+  compute(upload(slots_[0]), 0);
   backend_->synchronize();
 }
 
@@ -234,7 +234,7 @@ void ModelRunner::capture_graphs() {
   for (size_t i = graph_sizes_.size(); i-- > 0;) {
     for (const bool plain : {true, true, false, false}) {
       batch.build(StepPlan(), graph_sizes_[i]);
-      StepInputs in = upload(batch);
+      StepInputs in = upload(slots_[0]);
       in.plain_sampling = plain;
       compute(in, graph_sizes_[i]);
       backend_->synchronize();
@@ -250,14 +250,16 @@ int ModelRunner::graph_rows(const StepPlan& plan) const {
   return size == graph_sizes_.end() ? 0 : *size;
 }
 
-StepInputs ModelRunner::upload(StepBatch& batch) {
+StepInputs ModelRunner::upload(Slot& slot) {
+  StepBatch& batch = slot.batch;
   // Only what max_bytes() does not count can make it larger.
   Buffer& memory = batch.bytes() <= step_data_.bytes() ? step_data_ : large_step_data_;
   if (memory.bytes() < batch.bytes()) {
     backend_->synchronize();  // a step in flight may still read the old one
     memory = backend_->alloc(2 * batch.bytes());
   }
-  const StepInputs in = batch.inputs_at(memory.data(), outputs_.token_ids);
+  const StepInputs in =
+      batch.inputs_at(memory.data(), outputs_.token_ids, slot.result.outputs.token_ids);
   backend_->upload(batch.data(), memory.data(), batch.bytes());
   return in;
 }
@@ -285,14 +287,15 @@ void ModelRunner::launch(const StepPlan& plan) {
   Slot& slot = slots_[(oldest_ + in_flight_) % slots_.size()];
   const int rows = graph_rows(plan);
   slot.batch.build(plan, rows);
-  const StepInputs in = upload(slot.batch);
+  const StepInputs in = upload(slot);
   compute(in, slot.batch.bytes() <= step_data_.bytes() ? rows : 0);
   download(slot);
   slot.mark = backend_->mark();
   ++in_flight_;
 }
 
-// Padding is left behind, and what nobody asked for.
+// What the sampler has not put there itself (StepInputs::host_ids). Padding is left behind, and
+// what nobody asked for.
 void ModelRunner::download(Slot& slot) {
   const StepBatch& batch = slot.batch;
   const size_t rows = batch.rows().size();
@@ -302,7 +305,6 @@ void ModelRunner::download(Slot& slot) {
   const auto fetch = [this](const auto* from, auto* host, size_t count) {
     if (count > 0) backend_->download(from, host, count * sizeof(*host));
   };
-  fetch(outputs_.token_ids, to.token_ids, rows);
   fetch(outputs_.logprobs, to.logprobs, scores);
   fetch(outputs_.ranks, to.ranks, scores);
   fetch(outputs_.top_ids, to.top_ids, top);
@@ -352,7 +354,7 @@ std::vector<float> ModelRunner::logits(const std::vector<int32_t>& tokens,
     plan.items.push_back({&seq, chunk, seq.num_computed + chunk == total ? 1 : 0, 0, false});
     StepBatch& batch = slots_[0].batch;
     batch.build(plan);
-    const StepInputs in = upload(batch);
+    const StepInputs in = upload(slots_[0]);
     const auto forward = [&] { decoder_->forward(in); };
     backend_->run_step({}, std::ref(forward));
     for (int first = 0; first < in.num_logits; first += max_logits_) {

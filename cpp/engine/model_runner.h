@@ -100,7 +100,7 @@ class ModelRunner {
   void run_largest_step();
   void capture_graphs();
   int graph_rows(const StepPlan& plan) const;
-  StepInputs upload(StepBatch& batch);
+  StepInputs upload(Slot& slot);
   void compute(const StepInputs& in, int graph_rows);
   void sample_rows(const StepInputs& in);
   void download(Slot& slot);

@@ -116,6 +116,11 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   inputs_.num_seqs = static_cast<int32_t>(context_lens_.size());
   inputs_.num_logits = static_cast<int32_t>(sampling_.size());
   inputs_.num_copies = static_cast<int32_t>(copies_.size());
+  inputs_.logits_are_rows = logits_rows_.size() == token_ids_.size();
+  for (size_t i = 0; i < logits_rows_.size(); ++i)
+    inputs_.logits_are_rows &= logits_rows_[i] == static_cast<int32_t>(i);
+  check_invariant(padded_rows == 0 || inputs_.logits_are_rows,
+                  "only decodes of one row each can be padded");
   pack();
 }
 
@@ -242,8 +247,7 @@ void StepBatch::add_counts(SamplingRow& row, const Sequence& seq, int num_drafts
 // Rows of sequences without a context, which nobody reads.
 void StepBatch::add_padding(int rows) {
   const auto wanted = static_cast<size_t>(rows);
-  check_invariant(token_ids_.size() == context_lens_.size() &&
-                      token_ids_.size() == sampling_.size() && token_ids_.size() <= wanted,
+  check_invariant(token_ids_.size() == context_lens_.size() && token_ids_.size() <= wanted,
                   "only decodes of one row each can be padded");
   SamplingRow row;
   row.target = 0;  // scored, not drawn
@@ -296,7 +300,7 @@ void StepBatch::forbid_writes() {
   std::fill_n(reinterpret_cast<int64_t*>(block_.data() + offset), inputs_.num_tokens, -1);
 }
 
-StepInputs StepBatch::inputs_at(const void* base, const int32_t* sampled_ids) {
+StepInputs StepBatch::inputs_at(const void* base, const int32_t* sampled_ids, int32_t* host_ids) {
   StepInputs in = inputs_;
   const auto move = [&](auto*& pointer) {
     if (pointer == nullptr) return;
@@ -320,6 +324,7 @@ StepInputs StepBatch::inputs_at(const void* base, const int32_t* sampled_ids) {
   move(in.token_biases);
   move(in.token_masks);
   in.sampled_ids = sampled_ids;
+  in.host_ids = host_ids;
   in.device = static_cast<const StepInputs*>(base);
   std::memcpy(block_.data(), &in, sizeof(in));
   return in;

@@ -45,7 +45,7 @@ class StepBatch {
   const StepInputs& inputs() const { return inputs_; }
   // The same for a copy of the block at `base`; also written to the front of the block, so that the
   // copy, if made afterwards, begins with it.
-  StepInputs inputs_at(const void* base, const int32_t* sampled_ids);
+  StepInputs inputs_at(const void* base, const int32_t* sampled_ids, int32_t* host_ids);
   const void* data() const { return block_.data(); }
   size_t bytes() const { return bytes_; }
   size_t capacity() const { return block_.bytes(); }

@@ -56,8 +56,6 @@ void Decoder::forward(const StepInputs& in) {
     backend_.norm(acts_.residual.rows(t), weights_.layers[0].attn_norm, norm_args_,
                   acts_.normed.rows(t));
   for (size_t i = 0; i < weights_.layers.size(); ++i) layer(i, in, fused);
-  if (fused)
-    backend_.norm(acts_.residual.rows(t), weights_.final_norm, norm_args_, acts_.normed.rows(t));
 }
 
 LinearArgs Decoder::qkv_args(const LayerWeights& w) const {
@@ -163,9 +161,25 @@ void Decoder::attention(size_t index, const StepInputs& in, const Tensor& x, Lin
 }
 
 Tensor Decoder::logits(const StepInputs& in, int first, int count) {
-  const Tensor last = acts_.last.rows(count), out = acts_.logits.rows(count);
-  backend_.gather_rows(acts_.normed, in.logits_rows + first, count, last);
-  backend_.linear(last, weights_.lm_head, {}, out);
+  LinearArgs product;
+  if (fuses(in.num_tokens)) {  // the last norm is to be done
+    product.norm = &weights_.final_norm;
+    product.norm_args = norm_args_;
+    if (!backend_.fuses(weights_.lm_head, product, count)) {
+      product.norm = nullptr;
+      backend_.norm(acts_.residual.rows(in.num_tokens), weights_.final_norm, norm_args_,
+                    acts_.normed.rows(in.num_tokens));
+    }
+  }
+  const Tensor& hidden = product.norm != nullptr ? acts_.residual : acts_.normed;
+  Tensor last = acts_.last.rows(count);
+  if (in.logits_are_rows) {
+    last = hidden.rows(first, count);
+  } else {
+    backend_.gather_rows(hidden, in.logits_rows + first, count, last);
+  }
+  const Tensor out = acts_.logits.rows(count);
+  backend_.linear(last, weights_.lm_head, product, out);
   return out;
 }
 

@@ -37,7 +37,7 @@ class Decoder {
   Decoder(const ModelConfig& config, const Weights& weights, const KvCache& cache,
           const RopeTables& ropes, Activations& activations, Backend& backend);
 
-  // All layers and the final norm for the rows of `in`; writes K and V into the cache.
+  // All layers for the rows of `in`; writes K and V into the cache.
   void forward(const StepInputs& in);
   // Logits of sampling rows [first, first + count) after forward(); count <= max_logits.
   Tensor logits(const StepInputs& in, int first, int count);

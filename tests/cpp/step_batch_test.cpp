@@ -104,6 +104,7 @@ TEST(StepBatch, LaysOutADecodeAndAChunk) {
   EXPECT_EQ(in.copies[0].src, 6);
   EXPECT_EQ(in.copies[0].dst, 5);
   EXPECT_EQ(values(in.logits_rows, 1), Ints{0});
+  EXPECT_TRUE(in.logits_are_rows);
   EXPECT_EQ(in.sampling[0].position, 5);  // of the token that is drawn
   EXPECT_EQ(batch.sample_rows(), Ints{0});
   EXPECT_EQ(batch.rows().size(), 1u);
@@ -208,6 +209,7 @@ TEST(StepBatch, AForkSamplesEveryChoiceFromTheLastRow) {
   const StepInputs& in = batch.inputs();
   ASSERT_EQ(in.num_logits, 3);
   EXPECT_EQ(values(in.logits_rows, 3), (Ints{2, 2, 2}));
+  EXPECT_FALSE(in.logits_are_rows);
   for (int c = 0; c < 3; ++c) {
     EXPECT_EQ(in.sampling[c].choice, static_cast<uint32_t>(c));
     EXPECT_EQ(in.sampling[c].position, 5);
@@ -299,6 +301,7 @@ TEST(StepBatch, ScoresThatWereDeliveredAreNotRepeated) {
   batch.build(plan);
   ASSERT_EQ(batch.inputs().num_logits, 3);
   EXPECT_EQ(values(batch.inputs().logits_rows, 3), (Ints{3, 4, 5}));
+  EXPECT_FALSE(batch.inputs().logits_are_rows);
   EXPECT_EQ(batch.rows()[0].prompt_index, 4);
   EXPECT_EQ(batch.sample_rows(), Ints{2});
   seq.num_prompt_scored = 5;  // resumed while decoding: only the sample
@@ -341,7 +344,8 @@ TEST(StepBatch, IsOneBlockThatCanBeMoved) {
   std::vector<char> copy(batch.bytes() + 64);
   char* base = copy.data() + (64 - reinterpret_cast<uintptr_t>(copy.data()) % 64) % 64;
   const int32_t sampled = 5;
-  const StepInputs moved = batch.inputs_at(base, &sampled);
+  int32_t host_id = 0;
+  const StepInputs moved = batch.inputs_at(base, &sampled, &host_id);
   std::memcpy(base, batch.data(), batch.bytes());
   batch.build(StepPlan{});  // what is at `base` is independent of the batch
   EXPECT_EQ(batch.inputs().num_tokens, 0);
@@ -354,6 +358,7 @@ TEST(StepBatch, IsOneBlockThatCanBeMoved) {
   EXPECT_EQ(moved.device->max_context_len, 4);
   EXPECT_EQ(moved.device->block_table_stride, 1);
   EXPECT_EQ(moved.device->sampled_ids, &sampled);
+  EXPECT_EQ(moved.device->host_ids, &host_id);
   EXPECT_EQ(moved.device->device, moved.device);
   EXPECT_EQ(moved.decode_items, nullptr);  // nobody asked for lists
   EXPECT_EQ(moved.prefill_items, nullptr);
@@ -403,6 +408,7 @@ TEST(StepBatch, PaddingIsHarmlessAndTheRowsStandWhereTheyStood) {
     EXPECT_GE(in.block_table_stride, 1);
     EXPECT_EQ(values(in.cu_seqlens_q, 5), (Ints{0, 1, 2, 3, 4}));
     EXPECT_EQ(values(in.logits_rows, 4), (Ints{0, 1, 2, 3}));
+    EXPECT_TRUE(in.logits_are_rows);
     EXPECT_EQ(batch.rows().size(), static_cast<size_t>(count));
     EXPECT_EQ(batch.sample_rows().size(), static_cast<size_t>(count));
     EXPECT_EQ(in.num_decode_items, 3 * count);  // none of them of padding
@@ -418,7 +424,7 @@ TEST(StepBatch, PaddingIsHarmlessAndTheRowsStandWhereTheyStood) {
       EXPECT_EQ(in.sampling[r].num_logprobs, r == 1 && real ? 2 : -1);
       EXPECT_EQ(in.sampling[r].mask_row, r == 1 && real ? 0 : -1);
     }
-    const StepInputs at = batch.inputs_at(base, nullptr);
+    const StepInputs at = batch.inputs_at(base, nullptr, nullptr);
     places.push_back({at.token_ids, at.positions, at.slot_mapping, at.cu_seqlens_q, at.context_lens,
                       at.logits_rows, at.sampling, at.block_tables, at.device});
   }

@@ -142,6 +142,13 @@ template <typename T>
 T __shfl_xor_sync(unsigned mask, T v, int lanes) {
   return __shfl_sync(mask, v, ni::emulated::lane() ^ lanes);
 }
+inline unsigned __reduce_max_sync(unsigned mask, unsigned v) {
+  for (int i = 16; i > 0; i /= 2) v = std::max(v, __shfl_xor_sync(mask, v, i));
+  return v;
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned v) {
+  return ~__reduce_max_sync(mask, ~v);
+}
 template <typename T>
 T __shfl_up_sync(unsigned mask, T v, int lanes) {
   const int lane = ni::emulated::lane();
@@ -184,6 +191,10 @@ T __ldg(const T* p) {
 }
 template <typename T>
 T __ldcg(const T* p) {
+  return *p;
+}
+template <typename T>
+T __ldcv(const T* p) {
   return *p;
 }
 
