@@ -406,8 +406,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                                   const __grid_constant__ CUtensorMap k_map,
                                   const __grid_constant__ CUtensorMap v_map) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  const Item item = make_item(p.attn);
   const Rings<kDim> rings = make_rings<kDim, T>();
+  if (!p.attn.settled) wait_for_previous();
+  const Item item = make_item(p.attn);
+  wait_for_previous();
+  let_next_start();
   const int warp = uniform(threadIdx.x / 32);
   if (warp >= kComputeWarps) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -428,15 +431,15 @@ CUtensorMap cache_map(void* data, const KvView& kv, int32_t box) {
 }
 
 template <int kDim, typename T, bool kSoftcap>
-void launch(const AttnParams& p, int32_t num_items, cudaStream_t stream) {
+void launch_prefill(const AttnParams& p, int32_t num_items, cudaStream_t stream) {
   const auto kernel = attention_prefill_sm90_kernel<kDim, T, kSoftcap>;
   const PrefillParams params{p, score_scale(p.args, p.kv.k_scale),
                              std::gcd(p.kv.block_size, kTile)};
   constexpr size_t kBytes = Smem<kDim>::kBytes;
   allow_smem(kernel, kBytes, "attention_prefill_sm90");
-  kernel<<<static_cast<unsigned>(num_items * p.args.num_heads), kThreads, kBytes, stream>>>(
-      params, cache_map(p.kv.k, p.kv, params.box), cache_map(p.kv.v, p.kv, params.box));
-  check_launch("attention_prefill_sm90");
+  launch(kernel, static_cast<unsigned>(num_items * p.args.num_heads), kThreads, kBytes, stream,
+         "attention_prefill_sm90", params, cache_map(p.kv.k, p.kv, params.box),
+         cache_map(p.kv.v, p.kv, params.box));
 }
 
 }  // namespace
@@ -451,11 +454,11 @@ bool attention_prefill_sm90(const AttnParams& p, int32_t num_items, const Card& 
   dispatch_16bit(p.dtype, "attention", [&](auto t) {
     using T = decltype(t);
     if (dim == 64) {
-      p.args.softcap > 0 ? launch<64, T, true>(p, num_items, stream)
-                         : launch<64, T, false>(p, num_items, stream);
+      p.args.softcap > 0 ? launch_prefill<64, T, true>(p, num_items, stream)
+                         : launch_prefill<64, T, false>(p, num_items, stream);
     } else {
-      p.args.softcap > 0 ? launch<128, T, true>(p, num_items, stream)
-                         : launch<128, T, false>(p, num_items, stream);
+      p.args.softcap > 0 ? launch_prefill<128, T, true>(p, num_items, stream)
+                         : launch_prefill<128, T, false>(p, num_items, stream);
     }
   });
   return true;
