@@ -23,6 +23,7 @@ using namespace sampling;
 
 constexpr float kGreedyBelow = 1e-5f;
 constexpr int kSegmentThreads = 256, kBinThreads = 512;
+constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kMaxVocab = 1 << 21;  // so that masses fit into 64 bits
 
 __device__ bool is_greedy(const SamplingRow& r) {
@@ -66,50 +67,99 @@ struct Summary {
   double mass;
 };
 
-// What a thread has of a segment, or of a part of it: all on the way at once.
+// What a thread has of a segment, or of a part of it: all on the way at once, vectors of four where
+// rows are aligned. NaN counts as -infinity.
 struct Batch {
-  static constexpr int kSize = 20;
+  static constexpr int kVectors = 5, kSize = 4 * kVectors;
   float v[kSize];
+
+  // Of the i-th element; neighbours of four are one vector.
+  static __device__ int32_t id(int32_t begin, int i) {
+    return begin + 4 * (i / 4 * kSegmentThreads + static_cast<int32_t>(threadIdx.x)) + i % 4;
+  }
   __device__ void load(const float* x, int32_t begin, int32_t end) {
+    const bool vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0;
 #pragma unroll
-    for (int u = 0; u < kSize; ++u) {
-      const int32_t id = begin + u * kSegmentThreads + static_cast<int32_t>(threadIdx.x);
-      v[u] = id < end ? x[id] : -kInf;
+    for (int u = 0; u < kVectors; ++u) {
+      const int32_t from = id(begin, 4 * u);
+      float4 four{-kInf, -kInf, -kInf, -kInf};
+      if (vectors && from + 4 <= end) {
+        four = *reinterpret_cast<const float4*>(x + from);
+      } else if (from < end) {
+        four.x = x[from];
+        if (from + 1 < end) four.y = x[from + 1];
+        if (from + 2 < end) four.z = x[from + 2];
+        if (from + 3 < end) four.w = x[from + 3];
+      }
+      v[4 * u] = four.x, v[4 * u + 1] = four.y, v[4 * u + 2] = four.z, v[4 * u + 3] = four.w;
     }
+  }
+  // The lowest id that has the value, or kMaxInt.
+  __device__ int32_t find(float value, int32_t begin) const {
+    int32_t found = kMaxInt;
+#pragma unroll
+    for (int i = kSize - 1; i >= 0; --i)
+      if (v[i] == value) found = id(begin, i);
+    return found;
+  }
+  // The same of a batch that is here no more.
+  static __device__ int32_t find_again(const float* x, int32_t begin, int32_t end, float value) {
+#pragma unroll 1
+    for (int i = 0; i < kSize; ++i)
+      if (const int32_t at = id(begin, i); at < end && x[at] == value) return at;
+    return kMaxInt;
   }
 };
 
-// Of x[begin, end), of which the first batch is there: a thread's sum follows its own maximum, and
-// is scaled to the block's at the end.
+// Of x[begin, end), of which the first batch is there: in thread 0. A thread's sum follows its own
+// maximum, and is scaled to the block's at the end.
 __device__ Summary summarize(Batch batch, const float* x, int32_t begin, int32_t end, float factor,
                              bool with_mass) {
+  constexpr int kWarps = kSegmentThreads / 32;
+  __shared__ uint32_t keys[kWarps], ids[kWarps];
+  __shared__ double masses[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float top = -kInf;
-  int32_t at = kMaxInt;
+  int32_t top_begin = begin;  // of the batch that has it
   double mass = 0;
   for (;;) {
     const float before = top;
 #pragma unroll
-    for (const float v : batch.v) top = fmaxf(top, v);  // NaN is less than all, as clean() has it
-    if (top > before) {
-#pragma unroll
-      for (int u = Batch::kSize - 1; u >= 0; --u)
-        if (batch.v[u] == top) at = begin + u * kSegmentThreads + static_cast<int32_t>(threadIdx.x);
-    }
+    for (const float v : batch.v) top = fmaxf(top, v);  // not NaN
+    if (top > before) top_begin = begin;
     if (with_mass) {
-      const Softmax softmax{top, factor};
+      const Softmax softmax{fmaxf(top, kLowest), factor};
       float sum = 0;
 #pragma unroll
-      for (const float v : batch.v) sum += softmax.p(clean(v));
+      for (const float v : batch.v) sum += softmax.p_of(fmaxf(v, -kInf));
       mass = mass * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
     }
     begin += Batch::kSize * kSegmentThreads;
     if (begin >= end) break;
     batch.load(x, begin, end);
   }
-  const uint64_t best = block_reduce(order_of(key_of(top), at), Min{});
-  Summary s{value_of(~static_cast<uint32_t>(best >> 32)), static_cast<int32_t>(best), 0};
-  if (with_mass)
-    s.mass = block_reduce(mass * static_cast<double>(Softmax{s.max, factor}.p(top)), Add{});
+  const uint32_t warp_key = __reduce_max_sync(kAllLanes, key_of(top));
+  __syncthreads();  // earlier readers are done
+  if (lane == 0) keys[warp] = warp_key;
+  __syncthreads();
+  const float max = value_of(__reduce_max_sync(kAllLanes, keys[lane % kWarps]));
+  int32_t at = kMaxInt;
+  if (top == max) {
+    const bool is_here = top_begin + Batch::kSize * kSegmentThreads >= begin;
+    at = is_here ? batch.find(max, top_begin) : Batch::find_again(x, top_begin, end, max);
+  }
+  const auto warp_id = __reduce_min_sync(kAllLanes, static_cast<uint32_t>(at));
+  if (with_mass) mass = warp_reduce(mass * static_cast<double>(Softmax{max, factor}.p(top)), Add{});
+  if (lane == 0) {
+    ids[warp] = warp_id;
+    masses[warp] = mass;
+  }
+  __syncthreads();
+  Summary s{max, 0, 0};
+  if (warp == 0) {
+    s.argmax = static_cast<int32_t>(__reduce_min_sync(kAllLanes, ids[lane % kWarps]));
+    if (with_mass) s.mass = warp_reduce(masses[lane % kWarps], Add{}, kWarps);
+  }
   return s;
 }
 

@@ -133,7 +133,11 @@ __device__ T block_exclusive(T v) {
 // p = exp((z - base) * factor)
 struct Softmax {
   float base, factor;
-  __device__ float p(float z) const { return z > -kInf ? __expf((z - base) * factor) : 0.0f; }
+  // Of a z that is not NaN, with a base that is not -infinity.
+  __device__ float p_of(float z) const {
+    return fast_exp2((z - base) * (factor * 1.4426950408889634f));
+  }
+  __device__ float p(float z) const { return z > -kInf ? p_of(z) : 0.0f; }
   __device__ uint64_t units(float z) const { return __float2ull_rn(p(z) * kMassUnits); }
   // Bins of 1/64 nat below `base`, the maximum. It never falls where z falls, -infinity and a
   // maximum that is infinite included.

@@ -288,7 +288,7 @@ void expect_tokens(const Batch& b, const std::vector<int32_t>& ids) {
 // -- Tests ----------------------------------------------------------------------------------------
 
 TEST(CudaSampling, GreedyTakesTheFirstMaximum) {
-  for (const size_t vocab : {size_t{5003}, size_t{151936}}) {
+  for (const size_t vocab : {size_t{5003}, size_t{151936}, size_t{200003}}) {
     std::vector<float> logits = normal_floats(vocab, 1);
     logits[4000] = logits[17] = logits[vocab - 1] = 50;
     EXPECT_EQ(sample_one(logits, greedy()), 17);
