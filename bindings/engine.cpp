@@ -30,6 +30,8 @@ Tensor weight_view(const py::array& a, DType dtype) {
   return t;
 }
 
+// Prompts may be long, and the card waits meanwhile: arrays of int32 and lists of plain ints are
+// not converted piece by piece.
 std::vector<int32_t> token_ids(const py::object& ids) {
   std::vector<int32_t> out;
   const auto narrow = [&out](int64_t id) {
@@ -43,17 +45,30 @@ std::vector<int32_t> token_ids(const py::object& ids) {
     const char kind = array.dtype().kind();
     check_arg(array.ndim() == 1 && (kind == 'i' || kind == 'u'),
               "token ids must be a one-dimensional array of integers");
+    if (py::isinstance<py::array_t<int32_t>>(array)) {
+      const auto values = py::cast<py::array_t<int32_t>>(array).unchecked<1>();
+      out.reserve(static_cast<size_t>(values.shape(0)));
+      for (py::ssize_t i = 0; i < values.shape(0); ++i) out.push_back(values(i));
+      return out;
+    }
     for (const int64_t id : py::cast<std::vector<int64_t>>(array.attr("tolist")())) narrow(id);
     return out;
   }
-  std::vector<int64_t> list;
   try {
-    list = py::cast<std::vector<int64_t>>(ids);
+    if (!py::isinstance<py::list>(ids)) {
+      for (const int64_t id : py::cast<std::vector<int64_t>>(ids)) narrow(id);
+      return out;
+    }
+    const auto list = py::reinterpret_borrow<py::list>(ids);
+    out.reserve(list.size());
+    for (const py::handle& id : list) {
+      int too_large = PyLong_CheckExact(id.ptr()) ? 0 : 1;
+      const int64_t plain = too_large == 0 ? PyLong_AsLongLongAndOverflow(id.ptr(), &too_large) : 0;
+      narrow(too_large == 0 ? plain : py::cast<int64_t>(id));
+    }
   } catch (const py::cast_error&) {
     throw std::invalid_argument("token ids must be a sequence of integers");
   }
-  out.reserve(list.size());
-  for (const int64_t id : list) narrow(id);
   return out;
 }
 

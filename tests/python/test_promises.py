@@ -225,6 +225,7 @@ def test_bad_requests_are_refused_and_the_next_is_served(device: str) -> None:
         ([1, VOCAB], r"prompt\[1\] is 131"),
         ([1, -1], r"prompt\[1\] is -1"),
         ([1, 2**40], "token id 1099511627776 at index 1 is out of range"),
+        ([1, 2**70], "sequence of integers"),
         ([1.5], "sequence of integers"),
         ("text", "sequence of integers"),
         (np.zeros((2, 2), np.int32), "one-dimensional"),
@@ -232,8 +233,9 @@ def test_bad_requests_are_refused_and_the_next_is_served(device: str) -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             engine.submit(1, bad, params())
-    engine.submit(1, np.array(prompt(1, 20), np.int64), params())
-    engine.submit(2, tuple(prompt(1, 20)), params())
+    first = prompt(1, 20)
+    engine.submit(1, np.array(first, np.int64), params())
+    engine.submit(2, tuple(first), params())
     with pytest.raises(ValueError, match="request id 2 is already in use"):
         engine.submit(2, [1], params())
     with pytest.raises(_core.QueueFullError, match="max_waiting is 2"):
@@ -241,8 +243,10 @@ def test_bad_requests_are_refused_and_the_next_is_served(device: str) -> None:
     assert is_balanced(engine.stats())
     results = run_all(engine)
     assert results[1, 0].tokens == results[2, 0].tokens
-    engine.submit(3, [1], params())
-    assert len(run_all(engine)[3, 0].tokens) == 8
+    twice = np.repeat(np.array(first, np.int32), 2)
+    for same in (first, [np.int64(t) for t in first], twice[::2], twice.astype(np.uint64)[::2]):
+        engine.submit(3, same, params())
+        assert run_all(engine)[3, 0].tokens == results[1, 0].tokens
 
 
 def test_logits_full_of_nan_harm_nobody() -> None:
