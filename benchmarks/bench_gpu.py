@@ -6,12 +6,13 @@ what vLLM gave for the same work on the same kind of card.
 
 Token ids reach Python, nothing is detokenized; the prefix cache is off and every repetition has
 fresh random prompts. Decode: 128 tokens in; the time of a token is that with 256 out less that with
-1 out, over 255. Prefill: one token out. Requests: 256 of 100 to 1024 tokens in and out, temperature
-0.6. Times are medians of `--repeats` runs (requests: of one run). "invariance" also runs all of it
-with batch_invariant off, and counts how many tokens of a request change beside 63 others. "parts"
-(needs torch) times what a prefill consists of at least, alone: the layers' products through
-cuBLASLt and our attention, in the engine's steps (prefill_parts.py), and gives them as a share of
-the engine's prefill: 100% would be an engine that spends time on nothing else.
+1 out, over 255. Prefill: one token out, after one run that is not timed. Requests: 256 of 100 to
+1024 tokens in and out, temperature 0.6. Times are medians of `--repeats` runs (requests: of one
+run). "invariance" also runs all of it with batch_invariant off, and counts how many tokens of a
+request change beside 63 others. "parts" (needs torch) times what a prefill consists of at least,
+alone: the layers' products through cuBLASLt and our attention, in the engine's steps
+(prefill_parts.py), and gives them as a share of the engine's prefill: 100% would be an engine that
+spends time on nothing else.
 
 Before anything is timed, 32 greedy tokens of the timed engine, and their log-probabilities, must
 equal those of one without graphs and without overlap."""
@@ -159,6 +160,7 @@ def decode(engine: _core.Engine, prompts: Prompts, repeats: int) -> dict[str, fl
 def prefill(engine: _core.Engine, prompts: Prompts, repeats: int) -> dict[str, float]:
     found = {}
     for count, length in PREFILLS:
+        seconds(engine, prompts(count, length), 1)  # what follows a pause takes longer
         times = [seconds(engine, prompts(count, length), 1) for _ in range(repeats)]
         found[f"prefill {count}x{length}"] = count * length / statistics.median(times)
     return found
