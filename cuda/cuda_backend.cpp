@@ -164,7 +164,7 @@ void CudaBackend::run_step(GraphKey key, const std::function<void()>& step) {
     step();
     return;
   }
-  Graph& graph = captured_[{key.rows, key.part}];
+  Graph& graph = captured_[{key.rows, key.plain_sampling}];
   if (graph != nullptr) {
     check(cudaGraphLaunch(graph.get(), stream_), "cudaGraphLaunch");
     return;

@@ -103,8 +103,8 @@ class CudaBackend final : public Backend {
   std::array<Event, kMarks> marks_;
   uint64_t num_marks_ = 0;
   bool capturing_ = false;
-  mutable std::atomic<bool> healthy_ = true;               // loader threads may find out, too
-  std::map<std::pair<int32_t, int32_t>, Graph> captured_;  // by rows and part
+  mutable std::atomic<bool> healthy_ = true;            // loader threads may find out, too
+  std::map<std::pair<int32_t, bool>, Graph> captured_;  // by rows and plain_sampling
   std::unique_ptr<Linear> linear_;
   std::unique_ptr<WeightLoader> loader_;
   std::mutex loader_mutex_;

@@ -43,10 +43,10 @@ struct BackendOptions {
   std::string plan_cache;                // CUDA: file of timed GEMM plans; "": none
 };
 
-// Names a captured piece of a step: its rows, and which piece. No rows: run it as it is.
+// Names a captured step. No rows: run it as it is.
 struct GraphKey {
   int32_t rows = 0;
-  int32_t part = 0;  // 0: forward; logits and sampler: 1 if StepInputs::plain_sampling, else 2
+  bool plain_sampling = false;  // as in StepInputs
 };
 
 class Backend {

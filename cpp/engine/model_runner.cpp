@@ -60,7 +60,7 @@ size_t steps_in_flight(const RunnerConfig& config) {
 
 // What captured steps will take, about.
 size_t graph_bytes(const BackendInfo& info, size_t num_graphs) {
-  constexpr size_t kGraphs = 64'000'000, kGraph = 1'000'000;
+  constexpr size_t kGraphs = 64'000'000, kGraph = 2'000'000;  // a size has two
   return info.has_graphs ? kGraphs + kGraph * num_graphs : 0;
 }
 
@@ -266,13 +266,12 @@ StepInputs ModelRunner::upload(Slot& slot) {
 
 void ModelRunner::compute(const StepInputs& in, int graph_rows) {
   check_invariant(in.num_logits <= sample_capacity_, "a step has more logits rows than planned");
-  // References, because a std::function of anything larger would allocate memory.
-  const auto forward = [&] { decoder_->forward(in); };
-  backend_->run_step({graph_rows, 0}, std::ref(forward));
-  if (in.num_logits == 0) return;
-  const auto sample = [&] { sample_rows(in); };
-  backend_->run_step({in.num_logits <= max_logits_ ? graph_rows : 0, in.plain_sampling ? 1 : 2},
-                     std::ref(sample));
+  const auto step = [&] {
+    decoder_->forward(in);
+    sample_rows(in);
+  };
+  // A reference, because a std::function of anything larger would allocate memory.
+  backend_->run_step({graph_rows, in.plain_sampling}, std::ref(step));
 }
 
 void ModelRunner::sample_rows(const StepInputs& in) {

@@ -231,7 +231,7 @@ class GraphBackend : public HookedBackend {
     info_.has_graphs = true;
     info_.tiling = {.kv_chunk = 16, .q_tile = 8, .decode_rows = 4, .max_items = 300};
   }
-  int captured = 0, replayed = 0, eager = 0;  // pieces of steps
+  int captured = 0, replayed = 0, eager = 0;  // steps
   std::set<int> replayed_rows;
 
   const BackendInfo& info() const override { return info_; }
@@ -241,7 +241,7 @@ class GraphBackend : public HookedBackend {
       HookedBackend::run_step(key, step);
       return;
     }
-    std::vector<std::function<void()>>& graph = graphs_[{key.rows, key.part}];
+    std::vector<std::function<void()>>& graph = graphs_[{key.rows, key.plain_sampling}];
     if (!graph.empty()) {
       ++replayed;
       replayed_rows.insert(key.rows);
@@ -341,7 +341,7 @@ class GraphBackend : public HookedBackend {
   }
 
   BackendInfo info_;
-  std::map<std::pair<int, int>, std::vector<std::function<void()>>> graphs_;
+  std::map<std::pair<int, bool>, std::vector<std::function<void()>>> graphs_;
   std::vector<std::function<void()>>* capturing_ = nullptr;
 };
 

@@ -315,11 +315,11 @@ TEST(CapturedNeedle, SameBytesInEveryCompany) {
       const std::unique_ptr<Engine> engine =
           make_engine(config_of(s, tiny_config()), std::move(backend));
       const int captured = watched->captured;
-      // The forward pass, and the sampler with and without a cut.
-      EXPECT_EQ(captured, 3 * static_cast<int>(engine->config().graph_sizes.size()));
+      // With and without a cut in the sampler.
+      EXPECT_EQ(captured, 2 * static_cast<int>(engine->config().graph_sizes.size()));
       expect_same(expected, run_in_company(*engine, s, ++key).results);
       EXPECT_EQ(watched->captured, captured);  // all of it before the first step
-      EXPECT_GT(watched->replayed, 30);
+      EXPECT_GT(watched->replayed, 15);
       EXPECT_GE(watched->replayed_rows.size(), 3u);
     }
   }

@@ -172,12 +172,12 @@ TEST(CudaBackend, ReplayEqualsEager) {
   for (uint32_t round = 0; round < 5; ++round) {
     const auto bytes = encode_floats(normal_floats(kRows * kCols, 10 + round), DType::bf16);
     backend.upload(bytes.data(), x.data, bytes.size());
-    backend.run_step({kRows, 0}, [&] {
+    backend.run_step({kRows, false}, [&] {
       ++calls;
       backend.norm(x, w, {}, out);
     });
     backend.synchronize();
-    eager.run_step({kRows, 0}, [&] { eager.norm(x, w, {}, want); });
+    eager.run_step({kRows, false}, [&] { eager.norm(x, w, {}, want); });
     eager.synchronize();
     std::vector<char> a(bytes.size()), b(bytes.size());
     backend.download(out.data, a.data(), a.size());
@@ -202,12 +202,12 @@ TEST(CudaBackend, AFailureWhileCapturingLeavesTheBackendUsable) {
     backend.gather_rows(x, rows, 2, out);
     if (++calls == 2) throw std::runtime_error("as the test wants it");
   };
-  EXPECT_EQ(error_of([&] { backend.run_step({8, 0}, failing); }), "as the test wants it");
+  EXPECT_EQ(error_of([&] { backend.run_step({8, false}, failing); }), "as the test wants it");
   EXPECT_TRUE(backend.healthy());
   const auto bytes = encode_floats(normal_floats(128, 1), DType::bf16);
   backend.upload(bytes.data(), x.data, bytes.size());
   for (int round = 0; round < 2; ++round)
-    backend.run_step({8, 0}, [&] { backend.gather_rows(x, rows, 2, out); });
+    backend.run_step({8, false}, [&] { backend.gather_rows(x, rows, 2, out); });
   std::vector<char> got(bytes.size());
   backend.download(out.data, got.data(), got.size());
   backend.synchronize();
