@@ -5,15 +5,15 @@
 256 requests of 128 tokens in and 128 out, through the engine of bench_gpu.py, under torch's
 profiler: it listens to the driver (CUPTI), so it sees the engine's kernels, copies and calls, all
 by one clock. Of the run only the steps count in which all requests decode. A step goes from the
-beginning of its first kernel (embed) to that of the next step's, so these are in it, in the order
-of the stream: the forward graph, the graph of logits and sampler, which writes its tokens to the
-host's memory, the upload of the next step's inputs. That is a kernel's work, but a copy here.
+beginning of its first kernel (embed) to that of the next step's. It is one graph, whose last kernel
+writes the tokens to the host's memory; the next step's inputs come meanwhile, in a stream of their
+own.
 
 - idle: neither a kernel nor a copy runs. Between two steps that is the most that the card can have
   waited for the host; the card's own delays in starting copies and graphs are in it, too.
 - waited for the host: the part of idle time before the host's call returned that put the next
   kernel or copy into the stream.
-- ahead: from the return of the call that launched the next step's forward graph to the end of this
+- ahead: from the return of the call that launched the next step's graph to the end of this
   step's last kernel. Below 0 the card was there first.
 - the host works: a step less what the engine's thread spends in cudaEventSynchronize.
 
@@ -50,7 +50,6 @@ IDLE_GAP = "of that, idle"
 
 FIRST, LAST, PROMPTS = "embed_kernel", "choose_kernel", "prefill"  # parts of kernels' names
 SAMPLER = "segment_kernel"  # the sampler's first
-UPLOAD = "upload_kernel"  # copies a step's inputs
 CALLS = ("cudaMemcpyAsync", "cudaGraphLaunch", "cudaLaunch", "cudaEventSynchronize")
 WAIT = "cudaEventSynchronize"
 
@@ -88,7 +87,7 @@ class Step:
 
 
 def is_copy(event: Event) -> bool:
-    return event.name.startswith("Memcpy") or UPLOAD in event.name
+    return event.name.startswith("Memcpy")
 
 
 def union(events: Iterable[Event], tolerance: float = 0.0) -> list[tuple[float, float]]:

@@ -61,11 +61,16 @@ CudaBackend::CudaBackend(const BackendOptions& options)
 
   check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
   own_stream_.reset(stream_);
-  for (Event& mark : marks_) {
+  cudaStream_t ahead = nullptr;
+  check_cuda(cudaStreamCreateWithFlags(&ahead, cudaStreamNonBlocking), "creating a stream");
+  ahead_.reset(ahead);
+  const auto create = [](Event& to) {
     cudaEvent_t event = nullptr;
     check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
-    mark.reset(event);
-  }
+    to.reset(event);
+  };
+  create(uploaded_);
+  for (Event& mark : marks_) create(mark);
   Linear::Options linear;
   linear.dtype = options.activation_dtype;
   linear.batch_invariant = options.batch_invariant;
@@ -131,10 +136,17 @@ Buffer CudaBackend::alloc_host(size_t bytes) {
 void CudaBackend::upload(const void* host, void* device, size_t bytes) {
   if (bytes == 0) return;
   use_device();
-  const bool pinned = is_pinned(host);
-  if (pinned && upload_pinned(host, device, bytes, stream_)) return;
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_), "upload");
-  if (!pinned) synchronize();
+  if (!is_pinned(host)) synchronize();
+}
+
+void CudaBackend::upload_ahead(const void* host, void* device, size_t bytes) {
+  if (bytes == 0) return;
+  use_device();
+  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, ahead_.get()), "upload");
+  check(cudaEventRecord(uploaded_.get(), ahead_.get()), "cudaEventRecord");
+  check(cudaStreamWaitEvent(stream_, uploaded_.get(), 0), "cudaStreamWaitEvent");
+  if (!is_pinned(host)) synchronize();
 }
 
 void CudaBackend::download(const void* device, void* host, size_t bytes) {
@@ -164,12 +176,19 @@ void CudaBackend::run_step(GraphKey key, const std::function<void()>& step) {
     step();
     return;
   }
-  Graph& graph = captured_[{key.rows, key.plain_sampling}];
-  if (graph != nullptr) {
-    check(cudaGraphLaunch(graph.get(), stream_), "cudaGraphLaunch");
-    return;
+  Graph& graph = captured_[key];
+  if (graph == nullptr) {
+    // The first one of so many rows as it is, so that everything it needs is loaded.
+    const bool is_first = !ran_.contains(key.rows);
+    if (is_first) step();
+    graph = capture(step);
+    ran_.insert(key.rows);
+    if (is_first) return;
   }
-  step();  // the first time as it is, so that everything it needs is loaded; then to be remembered
+  check(cudaGraphLaunch(graph.get(), stream_), "cudaGraphLaunch");
+}
+
+CudaBackend::Graph CudaBackend::capture(const std::function<void()>& step) {
   check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal),
         "cudaStreamBeginCapture");
   capturing_ = true;
@@ -188,11 +207,12 @@ void CudaBackend::run_step(GraphKey key, const std::function<void()>& step) {
     std::rethrow_exception(failure);
   }
   check(ended, "cudaStreamEndCapture");
+  // Not cudaGraphUpload(): kernels of a graph that came so start later, one after the other.
   cudaGraphExec_t executable = nullptr;
   const cudaError_t made = cudaGraphInstantiate(&executable, captured, 0);
   cudaGraphDestroy(captured);
   check(made, "cudaGraphInstantiate");
-  graph.reset(executable);
+  return Graph(executable);
 }
 
 void* CudaBackend::reserve(Workspace& workspace, size_t bytes) {

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -33,6 +34,7 @@ class CudaBackend final : public Backend {
   Buffer alloc(size_t bytes) override;
   Buffer alloc_host(size_t bytes) override;
   void upload(const void* host, void* device, size_t bytes) override;
+  void upload_ahead(const void* host, void* device, size_t bytes) override;
   void download(const void* device, void* host, size_t bytes) override;
   void synchronize() override;
   uint64_t mark() override;
@@ -92,6 +94,7 @@ class CudaBackend final : public Backend {
   using Stream = Owned<cudaStream_t, cudaStreamDestroy>;
   using Event = Owned<cudaEvent_t, cudaEventDestroy>;
   using Graph = Owned<cudaGraphExec_t, cudaGraphExecDestroy>;
+  Graph capture(const std::function<void()>& step);
 
   int device_;
   BackendInfo info_;
@@ -99,12 +102,15 @@ class CudaBackend final : public Backend {
   bool graphs_;
   Stream own_stream_;  // declared before all that uses it
   cudaStream_t stream_ = nullptr;
+  Stream ahead_;    // of upload_ahead()
+  Event uploaded_;  // the last one there
   static constexpr size_t kMarks = 16;
   std::array<Event, kMarks> marks_;
   uint64_t num_marks_ = 0;
   bool capturing_ = false;
-  mutable std::atomic<bool> healthy_ = true;            // loader threads may find out, too
-  std::map<std::pair<int32_t, bool>, Graph> captured_;  // by rows and plain_sampling
+  mutable std::atomic<bool> healthy_ = true;  // loader threads may find out, too
+  std::map<GraphKey, Graph> captured_;
+  std::set<int32_t> ran_;  // rows of keys
   std::unique_ptr<Linear> linear_;
   std::unique_ptr<WeightLoader> loader_;
   std::mutex loader_mutex_;

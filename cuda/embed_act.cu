@@ -107,18 +107,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A step's inputs. Before and behind a copy by the copy engine the card idles for some
-// microseconds; a kernel starts sooner, and has read before the step before it has ended.
-__global__ void __launch_bounds__(kThreads)
-    upload_kernel(const uint4* host, uint4* device, int64_t vectors) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  uint4 v{};
-  if (at < vectors) v = __ldcv(host + at);  // never from a cache: the host has written since
-  wait_for_previous();
-  let_next_start();
-  if (at < vectors) device[at] = v;
-}
-
 // blockIdx.y: the copy; blockIdx.z: K or V.
 __global__ void __launch_bounds__(kThreads)
     copy_blocks_kernel(const BlockCopy* copies, void* k, void* v, int64_t block_bytes,
@@ -225,19 +213,6 @@ void copy_blocks(const BlockCopy* copies, int32_t num_copies, const KvView& kv,
     copy_blocks_kernel<<<grid, kThreads, 0, stream>>>(copies + first, kv.k, kv.v, bytes, stride);
     check_launch("copy_blocks");
   }
-}
-
-bool upload_pinned(const void* host, void* device, size_t bytes, cudaStream_t stream) {
-  constexpr size_t kMost = 1 << 20, kVector = sizeof(uint4);
-  const auto is_aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % kVector == 0;
-  };
-  if (bytes > kMost || bytes % kVector != 0 || !is_aligned(host) || !is_aligned(device))
-    return false;
-  const auto vectors = static_cast<int64_t>(bytes / kVector);
-  launch(upload_kernel, blocks_for(vectors), kThreads, 0, stream, "upload",
-         static_cast<const uint4*>(host), static_cast<uint4*>(device), vectors);
-  return true;
 }
 
 void convert_rows(const void* src, DType src_dtype, int64_t src_stride, int64_t rows, int64_t cols,

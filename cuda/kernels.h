@@ -34,8 +34,6 @@ void gather_rows(const void* x, int64_t x_stride, const int32_t* rows, int64_t c
                  DType dtype, void* out, int64_t out_stride, cudaStream_t stream);
 void copy_blocks(const BlockCopy* copies, int32_t num_copies, const KvView& kv,
                  cudaStream_t stream);
-// A copy by a kernel, from pinned host memory; false: it is too large, or not of 16-byte vectors.
-bool upload_pinned(const void* host, void* device, size_t bytes, cudaStream_t stream);
 // dst[rows, dst_stride] (bf16, f16 or f32) = src[rows, cols] of another or the same type.
 void convert_rows(const void* src, DType src_dtype, int64_t src_stride, int64_t rows, int64_t cols,
                   void* dst, DType dst_dtype, int64_t dst_stride, cudaStream_t stream);

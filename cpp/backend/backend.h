@@ -11,6 +11,7 @@
 // info().activation_dtype; 2-D tensors are [rows, features].
 #pragma once
 
+#include <compare>
 #include <functional>
 #include <memory>
 #include <string>
@@ -47,6 +48,8 @@ struct BackendOptions {
 struct GraphKey {
   int32_t rows = 0;
   bool plain_sampling = false;  // as in StepInputs
+  int32_t slot = 0;             // in which of several places its inputs are
+  auto operator<=>(const GraphKey&) const = default;
 };
 
 class Backend {
@@ -66,12 +69,19 @@ class Backend {
   // write to memory of alloc_host(), too (StepInputs::host_ids).
   virtual void upload(const void* host, void* device, size_t bytes) = 0;
   virtual void download(const void* device, void* host, size_t bytes) = 0;
+  // As upload(), but it may overtake what was asked for before, which must have nothing to do with
+  // `device` any more. What is asked for afterwards finds the copy done. For a step's inputs, which
+  // so come while the step before runs.
+  virtual void upload_ahead(const void* host, void* device, size_t bytes) {
+    upload(host, device, bytes);
+  }
   virtual void synchronize() = 0;
   // wait(mark()) returns when all that was asked for before mark() is done. At most 8 marks back.
   virtual uint64_t mark() = 0;
   virtual void wait(uint64_t mark) = 0;
   // Runs the step's operators. A key with rows names launches that may be captured the first time
-  // and replayed from then on: with this key they always have the same addresses and sizes.
+  // and replayed from then on: with this key they always have the same addresses and sizes. Keys of
+  // so many rows begin with one that launches all kernels that any of them launches.
   virtual void run_step(GraphKey key, const std::function<void()>& step) = 0;
   // False: the device is lost, nothing will work any more.
   virtual bool healthy() const = 0;

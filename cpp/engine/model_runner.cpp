@@ -60,7 +60,7 @@ size_t steps_in_flight(const RunnerConfig& config) {
 
 // What captured steps will take, about.
 size_t graph_bytes(const BackendInfo& info, size_t num_graphs) {
-  constexpr size_t kGraphs = 64'000'000, kGraph = 2'000'000;  // a size has two
+  constexpr size_t kGraphs = 64'000'000, kGraph = 4'000'000;  // a size has up to four
   return info.has_graphs ? kGraphs + kGraph * num_graphs : 0;
 }
 
@@ -125,9 +125,11 @@ MemoryPlan ModelRunner::plan_memory(const Backend& backend, const ModelConfig& m
                          .bytes() +
                      RopeTables::bytes(model, config.max_model_len);
   const size_t step = StepBatch::max_bytes(config.max_num_batched_tokens, config.max_num_seqs,
-                                           max_blocks(config), info.tiling) +
-                      sample_bytes(max_sample_rows(config), config.max_logprobs);
-  plan.activations += step * (is_card(info) ? 1 : 1 + steps_in_flight(config));
+                                           max_blocks(config), info.tiling);
+  const size_t samples = sample_bytes(max_sample_rows(config), config.max_logprobs);
+  const size_t slots = steps_in_flight(config);
+  plan.activations += slots * step + samples;
+  if (!is_card(info)) plan.activations += slots * (step + samples);  // the host's side
   plan.kv_block = KvCache(model, config.kv_dtype, config.block_size, info.k_tile).block_bytes();
   if (is_card(info))
     plan.reserve = graph_bytes(info, config.graph_sizes.size()) +
@@ -168,14 +170,14 @@ void ModelRunner::allocate_step_memory() {
   for (size_t i = 0; i < steps_in_flight(config_); ++i) {
     slots_.push_back({StepBatch(config_.block_size, model_.vocab_size, config_.eos_token_ids,
                                 backend_->info().tiling, allocate_host),
-                      backend_->alloc_host(bytes), 0, StepResult()});
+                      backend_->alloc_host(bytes), Buffer(), Buffer(), 0, StepResult()});
     Slot& slot = slots_.back();
     slot.batch.reserve(config_.max_num_batched_tokens, config_.max_num_seqs, max_blocks(config_));
     slot.result.samples.reserve(static_cast<size_t>(sample_capacity_));
     slot.result.outputs =
         sample_views(slot.host_data.data(), sample_capacity_, config_.max_logprobs);
+    slot.step_data = backend_->alloc(slot.batch.capacity());
   }
-  step_data_ = backend_->alloc(slots_[0].batch.capacity());
 }
 
 // As many rows as a step can have, in prompts as long as possible; as many as can yield logits.
@@ -200,10 +202,10 @@ void ModelRunner::run_largest_step() {
   StepBatch& batch = slots_[0].batch;
   batch.build(plan);
   batch.forbid_writes();
-  compute(upload(slots_[0]), 0);
+  compute(upload(slots_[0]), {});
   backend_->synchronize();
   batch.build(StepPlan(), config_.max_num_seqs);  // decodes have working memory of their own
-  compute(upload(slots_[0]), 0);
+  compute(upload(slots_[0]), {});
   backend_->synchronize();
 }
 
@@ -227,17 +229,19 @@ int ModelRunner::blocks_that_fit() const {
   return static_cast<int>(std::min({fits, most, 2e9}));
 }
 
-// Largest first, so that smaller ones find the memory that they need. Twice: the first run of a key
-// captures, the second replays.
+// Largest first, so that smaller ones find the memory that they need; with all of the sampler's
+// kernels before those without some. The first slot twice: its first run has not been a replay.
 void ModelRunner::capture_graphs() {
-  StepBatch& batch = slots_[0].batch;
   for (size_t i = graph_sizes_.size(); i-- > 0;) {
-    for (const bool plain : {true, true, false, false}) {
-      batch.build(StepPlan(), graph_sizes_[i]);
-      StepInputs in = upload(slots_[0]);
-      in.plain_sampling = plain;
-      compute(in, graph_sizes_[i]);
-      backend_->synchronize();
+    for (size_t run = 0; run <= slots_.size(); ++run) {
+      const size_t slot = run % slots_.size();
+      for (const bool plain : {false, true}) {
+        slots_[slot].batch.build(StepPlan(), graph_sizes_[i]);
+        StepInputs in = upload(slots_[slot]);
+        in.plain_sampling = plain;
+        compute(in, {graph_sizes_[i], plain, static_cast<int32_t>(slot)});
+        backend_->synchronize();
+      }
     }
   }
 }
@@ -253,25 +257,22 @@ int ModelRunner::graph_rows(const StepPlan& plan) const {
 StepInputs ModelRunner::upload(Slot& slot) {
   StepBatch& batch = slot.batch;
   // Only what max_bytes() does not count can make it larger.
-  Buffer& memory = batch.bytes() <= step_data_.bytes() ? step_data_ : large_step_data_;
-  if (memory.bytes() < batch.bytes()) {
-    backend_->synchronize();  // a step in flight may still read the old one
-    memory = backend_->alloc(2 * batch.bytes());
-  }
+  Buffer& memory = batch.bytes() <= slot.step_data.bytes() ? slot.step_data : slot.large_step_data;
+  if (memory.bytes() < batch.bytes()) memory = backend_->alloc(2 * batch.bytes());
   const StepInputs in =
       batch.inputs_at(memory.data(), outputs_.token_ids, slot.result.outputs.token_ids);
-  backend_->upload(batch.data(), memory.data(), batch.bytes());
+  backend_->upload_ahead(batch.data(), memory.data(), batch.bytes());  // nothing reads it now
   return in;
 }
 
-void ModelRunner::compute(const StepInputs& in, int graph_rows) {
+void ModelRunner::compute(const StepInputs& in, GraphKey key) {
   check_invariant(in.num_logits <= sample_capacity_, "a step has more logits rows than planned");
   const auto step = [&] {
     decoder_->forward(in);
     sample_rows(in);
   };
   // A reference, because a std::function of anything larger would allocate memory.
-  backend_->run_step({graph_rows, in.plain_sampling}, std::ref(step));
+  backend_->run_step(key, std::ref(step));
 }
 
 void ModelRunner::sample_rows(const StepInputs& in) {
@@ -283,11 +284,13 @@ void ModelRunner::sample_rows(const StepInputs& in) {
 
 void ModelRunner::launch(const StepPlan& plan) {
   check_invariant(in_flight_ < slots_.size(), "too many steps are in flight");
-  Slot& slot = slots_[(oldest_ + in_flight_) % slots_.size()];
+  const size_t index = (oldest_ + in_flight_) % slots_.size();
+  Slot& slot = slots_[index];
   const int rows = graph_rows(plan);
   slot.batch.build(plan, rows);
   const StepInputs in = upload(slot);
-  compute(in, slot.batch.bytes() <= step_data_.bytes() ? rows : 0);
+  const bool fits = slot.batch.bytes() <= slot.step_data.bytes();
+  compute(in, {fits ? rows : 0, in.plain_sampling, static_cast<int32_t>(index)});
   download(slot);
   slot.mark = backend_->mark();
   ++in_flight_;

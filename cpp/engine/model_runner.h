@@ -87,10 +87,12 @@ class ModelRunner {
   Backend& backend() { return *backend_; }
 
  private:
-  // The host's side of a step in flight.
+  // A step in flight.
   struct Slot {
     StepBatch batch;
-    Buffer host_data;  // SampleOutputs
+    Buffer host_data;        // SampleOutputs
+    Buffer step_data;        // the uploaded batch; its address never changes
+    Buffer large_step_data;  // instead, for one that does not fit into it
     uint64_t mark = 0;
     StepResult result;
   };
@@ -101,7 +103,7 @@ class ModelRunner {
   void capture_graphs();
   int graph_rows(const StepPlan& plan) const;
   StepInputs upload(Slot& slot);
-  void compute(const StepInputs& in, int graph_rows);
+  void compute(const StepInputs& in, GraphKey key);
   void sample_rows(const StepInputs& in);
   void download(Slot& slot);
 
@@ -117,8 +119,6 @@ class ModelRunner {
   int max_logits_;  // logits rows computed at a time
   int num_blocks_;
   std::vector<int> graph_sizes_;  // ascending
-  Buffer step_data_;              // the uploaded StepBatch; its address never changes
-  Buffer large_step_data_;        // instead, for one that does not fit into it
   Buffer sample_data_;            // SampleOutputs on the device
   SampleOutputs outputs_;         // views of it
   int sample_capacity_ = 0;       // rows of SampleOutputs

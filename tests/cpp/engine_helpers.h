@@ -241,7 +241,7 @@ class GraphBackend : public HookedBackend {
       HookedBackend::run_step(key, step);
       return;
     }
-    std::vector<std::function<void()>>& graph = graphs_[{key.rows, key.plain_sampling}];
+    std::vector<std::function<void()>>& graph = graphs_[key];
     if (!graph.empty()) {
       ++replayed;
       replayed_rows.insert(key.rows);
@@ -341,7 +341,7 @@ class GraphBackend : public HookedBackend {
   }
 
   BackendInfo info_;
-  std::map<std::pair<int, bool>, std::vector<std::function<void()>>> graphs_;
+  std::map<GraphKey, std::vector<std::function<void()>>> graphs_;
   std::vector<std::function<void()>>* capturing_ = nullptr;
 };
 

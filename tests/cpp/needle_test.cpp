@@ -315,12 +315,13 @@ TEST(CapturedNeedle, SameBytesInEveryCompany) {
       const std::unique_ptr<Engine> engine =
           make_engine(config_of(s, tiny_config()), std::move(backend));
       const int captured = watched->captured;
-      // With and without a cut in the sampler.
-      EXPECT_EQ(captured, 2 * static_cast<int>(engine->config().graph_sizes.size()));
+      // With and without a cut in the sampler, for each step that may be in flight.
+      const auto sizes = static_cast<int>(engine->config().graph_sizes.size());
+      EXPECT_EQ(captured, (overlap ? 4 : 2) * sizes);
       expect_same(expected, run_in_company(*engine, s, ++key).results);
       EXPECT_EQ(watched->captured, captured);  // all of it before the first step
       EXPECT_GT(watched->replayed, 15);
-      EXPECT_GE(watched->replayed_rows.size(), 3u);
+      EXPECT_GE(watched->replayed_rows.size(), 2u);
     }
   }
 }

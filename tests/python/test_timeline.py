@@ -24,15 +24,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
         sys.modules.pop(name, None)
 
 
-UPLOAD = "ni::cuda::upload_kernel(uint4 const*, uint4*, long)"
-
-
 def one_step(at: float, asked: float = -50.0, prompts: bool = False) -> list[tuple[Any, ...]]:
     """(name, start, end, issued): 84 us of kernels, 2 idle inside, 14 to the next step, of which
     copies take 5. The inputs of this step were uploaded before it."""
     attention = "prefill_kernel<8>" if prompts else "decode_kernel<8>"
     parts = [
-        (UPLOAD, -6, -3, asked),
+        ("Memcpy HtoD (Pinned -> Device)", -6, -3, asked),
         ("void ni::embed_kernel<4>(EmbedParams)", 0, 10, asked + 2),
         (attention, 8, 50, asked + 2),  # put on the card before the one before it has ended
         ("segment_kernel", 52, 60, asked + 4),
@@ -55,7 +52,7 @@ def test_a_step_by_parts(bench: Any) -> None:
         assert found.late == 0 and found.ahead == 34  # launched at 52, this step ends at 86
     assert [event.name for event in first if bench.is_copy(event)] == [
         "Memcpy DtoH (Device -> Pinned)",
-        UPLOAD,
+        "Memcpy HtoD (Pinned -> Device)",
     ]
 
 

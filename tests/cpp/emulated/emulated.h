@@ -193,10 +193,6 @@ template <typename T>
 T __ldcg(const T* p) {
   return *p;
 }
-template <typename T>
-T __ldcv(const T* p) {
-  return *p;
-}
 
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
