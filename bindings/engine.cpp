@@ -61,10 +61,11 @@ std::vector<int32_t> token_ids(const py::object& ids) {
     }
     const auto list = py::reinterpret_borrow<py::list>(ids);
     out.reserve(list.size());
-    for (const py::handle& id : list) {
-      int too_large = PyLong_CheckExact(id.ptr()) ? 0 : 1;
-      const int64_t plain = too_large == 0 ? PyLong_AsLongLongAndOverflow(id.ptr(), &too_large) : 0;
-      narrow(too_large == 0 ? plain : py::cast<int64_t>(id));
+    for (size_t i = 0; i < list.size(); ++i) {  // __index__ of an item may change the list
+      PyObject* item = PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(i));
+      int too_large = PyLong_CheckExact(item) ? 0 : 1;
+      const int64_t plain = too_large == 0 ? PyLong_AsLongLongAndOverflow(item, &too_large) : 0;
+      narrow(too_large == 0 ? plain : py::cast<int64_t>(py::reinterpret_borrow<py::object>(item)));
     }
   } catch (const py::cast_error&) {
     throw std::invalid_argument("token ids must be a sequence of integers");

@@ -1,5 +1,5 @@
-// The CUDA backend: one card, one stream. Operators check their arguments and launch; nothing waits
-// but download() and wait(). Activations are bf16 or f16.
+// The CUDA backend: one card, one stream, and one for what upload_ahead() brings. Operators check
+// their arguments and launch; nothing waits but download() and wait(). Activations are bf16 or f16.
 //
 // One caller at a time, but for alloc(), upload() and load_rows(), which loading calls from several
 // threads.
@@ -14,7 +14,6 @@
 #include <mutex>
 #include <set>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "backend/backend.h"

@@ -190,10 +190,10 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // shall not stand on one: the hardware would put two where the kernel before makes room first and
   // none elsewhere, and they would take twice as long. So products of up to 16 rows without a norm
   // (`o`, `down`) take a little more than half of the shared memory, and those with one (qkv,
-  // `gate_up`) a little less where that holds their weights; that two of these do not stand
-  // together is due to the grid, which has a CTA for every multiprocessor. Attention with heads of
-  // up to 128 has room beside either. Many weights keep the memory busy only with more in flight
-  // than that, and more rows of x take as much.
+  // `gate_up`; not lm_head) a little less where that holds their weights; that two of these do not
+  // stand together is due to the grid, which has a CTA for every multiprocessor. Attention with
+  // heads of up to 128 has room beside either. Many weights keep the memory busy only with more in
+  // flight than that, and more rows of x take as much.
   const int half = smem_per_sm / 2 - 1024, whole = max_smem - fixed;
   const int64_t weights = int64_t{2} * best_rounds * best.tile * kStripRows * columns;
   // Of more rows, which have no norm, those with more columns than x (qkv, `gate_up`) leave room

@@ -55,7 +55,7 @@ struct Sampler {
   __device__ const float* raw(int row) const { return logits + row * stride; }
   __device__ float* copy(int row) const { return processed + static_cast<int64_t>(row) * vocab; }
   __device__ int32_t begin(int at) const { return min(at * segment, vocab); }
-  // Of captured steps, rows beyond the step's are padding.
+  // Rows beyond the step's are nobody's.
   __device__ bool is_padding(int row) const { return first + row >= step->num_logits; }
 };
 

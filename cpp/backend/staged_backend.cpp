@@ -483,6 +483,8 @@ void StagedBackend::sample(Tensor logits, const StepInputs& in, int32_t first,
                          call.pointer<int32_t>(ranks),      call.pointer<int32_t>(top_ids),
                          call.pointer<float>(top_logprobs), out.max_logprobs};
   call.run([&](Backend& inner) { inner.sample(call.tensor(from), there, first, to); });
+  if (in.host_ids != nullptr)
+    std::copy_n(out.token_ids + first, logits.rows(), in.host_ids + first);
 }
 
 }  // namespace ni

@@ -668,6 +668,7 @@ std::vector<float> Engine::logits(const std::vector<int32_t>& tokens) {
   try {
     out = runner_.logits(tokens, lender.block_table);
   } catch (...) {
+    runner_.discard();  // what was begun must not meet the next step's inputs
     blocks_.free(lender);
     throw;
   }

@@ -28,7 +28,7 @@ int max_sample_rows(const RunnerConfig& config) {
 
 // Logits rows computed at a time. It bounds their memory (rows x vocabulary x 4 bytes) when a step
 // has many of them, as prompt log-probabilities do: so many that reading lm_head is worth it, and
-// on a card all that decodes have, for a captured step samples its rows at once.
+// on a card all that decodes have, up to 512.
 int logits_slab(const RunnerConfig& config, const BackendInfo& info) {
   const int rows = is_card(info) ? std::clamp(config.max_num_seqs, 256, 512) : 64;
   return std::min(max_sample_rows(config), rows);

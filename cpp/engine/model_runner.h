@@ -1,15 +1,16 @@
 // One device: backend, weights, cache, activations and decoder, and the running of steps on them.
 //
-// launch() puts a step's upload, operators and downloads into the backend's queue and returns;
-// collect() waits for the oldest. With `overlap` two steps may be in flight: device memory is
-// shared by both, because the queue keeps their order, host memory is not. A step may feed tokens
-// that the step before samples: see StepInputs::token_ids.
+// launch() puts a step's operators and downloads into the backend's queue and returns; its inputs
+// come ahead of them. collect() waits for the oldest. With `overlap` two steps may be in flight:
+// each has its own inputs and host memory; all other memory of the device is shared by both,
+// because the queue keeps their order. A step may feed tokens that the step before samples: see
+// StepInputs::token_ids.
 //
 // Captured steps: a batch of decodes with one row each is padded to the next of `graph_sizes` and
-// given to Backend::run_step with that size as its key. For a key, all tensors, counts (T, S, L)
-// and arrays of rows keep their addresses. The host scalars max_context_len, block_table_stride and
-// num_decode_items and the addresses of lists of any length do not: captured launches must read
-// them through StepInputs::device.
+// given to Backend::run_step with that size, the kind of sampling and the place of its inputs as
+// its key. For a key, all tensors, counts (T, S, L) and arrays of rows keep their addresses. The
+// host scalars max_context_len, block_table_stride and num_decode_items and the addresses of lists
+// of any length do not: captured launches must read them through StepInputs::device.
 #pragma once
 
 #include <array>

@@ -250,7 +250,7 @@ void StepBatch::add_padding(int rows) {
   check_invariant(token_ids_.size() == context_lens_.size() && token_ids_.size() <= wanted,
                   "only decodes of one row each can be padded");
   SamplingRow row;
-  row.target = 0;  // scored, not drawn
+  row.temperature = 0;  // the cheapest: no score, no draw
   while (token_ids_.size() < wanted) {
     const auto index = static_cast<int32_t>(token_ids_.size());
     token_ids_.push_back(0);

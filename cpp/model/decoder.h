@@ -39,7 +39,8 @@ class Decoder {
 
   // All layers for the rows of `in`; writes K and V into the cache.
   void forward(const StepInputs& in);
-  // Logits of sampling rows [first, first + count) after forward(); count <= max_logits.
+  // Logits of sampling rows [first, first + count) after forward(); count <= max_logits. The last
+  // norm is part of the last layer's addition, or, where products take norms, done here.
   Tensor logits(const StepInputs& in, int first, int count);
 
  private:

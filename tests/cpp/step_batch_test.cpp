@@ -420,7 +420,8 @@ TEST(StepBatch, PaddingIsHarmlessAndTheRowsStandWhereTheyStood) {
       EXPECT_EQ(in.positions[r], real ? 9 : 0);
       EXPECT_EQ(in.slot_mapping[r], real ? (3 + r) * kBlockSize + 1 : -1);
       EXPECT_EQ(in.context_lens[r], real ? 10 : 0);
-      EXPECT_EQ(in.sampling[r].target, real ? -1 : 0);
+      EXPECT_EQ(in.sampling[r].target, -1);
+      EXPECT_EQ(in.sampling[r].temperature, real ? 1.0f : 0.0f);
       EXPECT_EQ(in.sampling[r].num_logprobs, r == 1 && real ? 2 : -1);
       EXPECT_EQ(in.sampling[r].mask_row, r == 1 && real ? 0 : -1);
     }
