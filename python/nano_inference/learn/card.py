@@ -38,7 +38,7 @@ def kernels_of_a_layer() -> int:
     """In a step of one row: from Hopper on, what stands around products is part of them."""
     import torch
 
-    return 6 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) else 9
+    return 5 if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) else 9
 
 
 def seconds_of(work: Callable[[], object], repeats: int = 3, rounds: int = 12) -> float:

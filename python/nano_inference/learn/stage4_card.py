@@ -186,13 +186,13 @@ def graphs(lab: Lab) -> Report:
     each = card.kernels_of_a_layer()
     kernels = ", ".join(f"{each * n} and a few ({name})" for name, n in layers.items())
     lab.expect(
-        "a layer is 9 kernels (experiment 4.3 counts them); where rows are few, from Hopper on, 6: "
-        "norm, gate and residual addition are then parts of the products. So a step of one row is "
-        f"{kernels}. Eagerly, the host starts each: a few microseconds of its time. Captured once "
-        "as a graph, all of them are started together, and a step is 1 launch. It pays where a "
-        "kernel takes less time than its launch, in small models and small batches; where the card "
-        "has enough to do, the host is ahead of it anyway. The bits stay the same: a graph is the "
-        "same kernels."
+        "a layer is 9 kernels (experiment 4.3 counts them); where rows are few, from Hopper on, "
+        "5: norm, rotation, gate and residual addition are then parts of others. So a step of "
+        f"one row is {kernels}. Eagerly, the host starts each: a few microseconds of its time. "
+        "Captured once as a graph, all of them are started together, and a step is 1 launch. It "
+        "pays where a kernel takes less time than its launch, in small models and small "
+        "batches; where the card has enough to do, the host is ahead of it anyway. The bits "
+        "stay the same: a graph is the same kernels."
     )
     rows: list[list[Cell]] = []
     counts: dict[str, float] = {"same": 0, "runs": 0, "counted": 0}
