@@ -99,7 +99,7 @@ struct StepInputs {
   int32_t num_prefill_items = 0;
   int32_t num_decode_ranges = 0;
   bool plain_sampling = false;   // no row has top-k, top-p or min-p; false also where nobody looked
-  bool logits_are_rows = false;  // logits_rows is 0, 1, …, T - 1; false also where nobody looked
+  bool logits_are_rows = false;  // logits_rows is 0, 1, …, L - 1; false also where nobody looked
 
   // [T]; an id below 0 stands for sampled_ids[-1 - id]: a token of the step before, which the host
   // has not seen yet.

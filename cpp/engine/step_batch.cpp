@@ -116,11 +116,11 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   inputs_.num_seqs = static_cast<int32_t>(context_lens_.size());
   inputs_.num_logits = static_cast<int32_t>(sampling_.size());
   inputs_.num_copies = static_cast<int32_t>(copies_.size());
-  inputs_.logits_are_rows = logits_rows_.size() == token_ids_.size();
+  inputs_.logits_are_rows = true;
   for (size_t i = 0; i < logits_rows_.size(); ++i)
     inputs_.logits_are_rows &= logits_rows_[i] == static_cast<int32_t>(i);
-  check_invariant(padded_rows == 0 || inputs_.logits_are_rows,
-                  "only decodes of one row each can be padded");
+  const bool is_square = inputs_.num_logits == inputs_.num_tokens && inputs_.logits_are_rows;
+  check_invariant(padded_rows == 0 || is_square, "only decodes of one row each can be padded");
   pack();
 }
 
