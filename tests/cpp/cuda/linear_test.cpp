@@ -343,6 +343,12 @@ TEST_P(LinearTest, FusesWhatFits) {
   a.norm = &norm;
   EXPECT_TRUE(linear(true)->fuses(wide.w, a, 2));
   EXPECT_FALSE(linear(true)->fuses(wide.w, a, 12));  // of shared memory
+  LinearWeight head;                                 // of many weights, little x only
+  head.spec = {151936, 1024, GetParam(), false};
+  EXPECT_TRUE(linear(true)->fuses(head, a, 4));
+  EXPECT_FALSE(linear(true)->fuses(head, a, 8));
+  head.spec = {128256, 4096, GetParam(), false};
+  EXPECT_FALSE(linear(true)->fuses(head, a, 1));
   a.norm_args.kind = NormKind::layer;
   EXPECT_FALSE(linear(true)->fuses(wide.w, a, 1));
   LinearArgs gated;

@@ -89,6 +89,7 @@ class DeviceBatch {
         masks_(b.masks),
         step_(1),
         ids_(rows()),
+        host_ids_(rows()),
         ranks_(rows()),
         top_ids_(rows() * static_cast<size_t>(max_logprobs)),
         logprobs_(rows()),
@@ -111,6 +112,7 @@ class DeviceBatch {
     step.token_counts = counts_.data();
     step.token_biases = biases_.data();
     step.token_masks = masks_.data();
+    step.host_ids = host_ids_.data();
     step_.upload(&step, sizeof(step));
   }
   void launch(cudaStream_t stream = nullptr) {
@@ -129,6 +131,7 @@ class DeviceBatch {
     EXPECT_TRUE(workspace_.intact());
     EXPECT_TRUE(logits_.intact());
     const auto top = static_cast<ptrdiff_t>(first_) * max_logprobs_;
+    EXPECT_EQ(host_ids_.read(), ids_.read());
     return {tail(ids_.read(), first_), tail(ranks_.read(), first_), tail(top_ids_.read(), top),
             tail(logprobs_.read(), first_), tail(top_logprobs_.read(), top)};
   }
@@ -136,7 +139,7 @@ class DeviceBatch {
  private:
   size_t rows() const { return batch_.rows.size() + static_cast<size_t>(first_); }
   std::vector<DeviceBytes*> all_outputs() {
-    return {&ids_, &ranks_, &top_ids_, &logprobs_, &top_logprobs_};
+    return {&ids_, &host_ids_, &ranks_, &top_ids_, &logprobs_, &top_logprobs_};
   }
   // What comes after the first `skip`, which nothing may have written.
   template <typename T>
@@ -159,7 +162,7 @@ class DeviceBatch {
   DeviceArray<TokenBias> biases_;
   DeviceArray<uint32_t> masks_;
   DeviceArray<StepInputs> step_;
-  DeviceArray<int32_t> ids_, ranks_, top_ids_;
+  DeviceArray<int32_t> ids_, host_ids_, ranks_, top_ids_;  // host_ids_: any memory will do
   DeviceArray<float> logprobs_, top_logprobs_;
   DeviceBytes workspace_;
 };
