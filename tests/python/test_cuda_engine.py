@@ -242,6 +242,18 @@ def test_a_replayed_graph_equals_its_launches(batch: int, overlap: bool) -> None
     assert differences(expected, run(GRAPHS)) == []
 
 
+def test_more_choices_than_rows_that_a_product_normalises() -> None:
+    engine = make_engine(device="cuda", max_num_seqs=32)
+    few, many = (params(4, temperature=0.8, seed=5, n=n) for n in (2, 20))
+    engine.submit(1, prompt(3, 7), many)
+    results = run_all(engine)
+    engine.submit(2, prompt(3, 7), few)
+    results.update(run_all(engine))
+    for choice in range(2):
+        assert results[1, choice].tokens == results[2, choice].tokens
+    assert len({tuple(results[1, choice].tokens) for choice in range(20)}) > 2
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_what_follows_large_products_changes_no_bit(head_dim: int, tmp_path: Path) -> None:
     """Gate, rotation and writing into the cache, as operators of their own or (on Hopper) as parts
