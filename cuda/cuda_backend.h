@@ -119,6 +119,14 @@ class CudaBackend final : public Backend {
   // Of the last rope_kv_write(), until the next attention(): if it has the same, the step before it
   // has long been written.
   const int64_t* written_slots_ = nullptr;
+  // Of what the last linear() has left units in sample_, until the next sample().
+  struct SummedUp {
+    const void* logits = nullptr;
+    int64_t rows = 0, vocab = 0;
+    int32_t first = 0;
+    bool operator==(const SummedUp&) const = default;
+  };
+  SummedUp summed_up_;
 };
 
 }  // namespace ni::cuda

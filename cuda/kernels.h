@@ -96,11 +96,34 @@ void attention_prefill(const AttnParams& p, int32_t num_items, const Card& card,
                        cudaStream_t stream);
 
 // -- sampling.cu ----------------------------------------------------------------------------------
-// logits: [rows, vocab] fp32, sampling rows [first, first + rows) of step. plain: top-k, top-p and
-// min-p are rare enough among them not to prepare for (StepInputs::plain_sampling).
+// Of 16 neighbouring logits: the largest, and the sum of exp((z - max) / temperature).
+struct alignas(8) LogitUnit {
+  float max, mass;
+};
+inline constexpr int kUnitLogits = 16;
+// Of a row; even, so that pairs are aligned.
+NI_HD inline int64_t logit_units(int64_t vocab) {
+  return (vocab + 31) / 32 * 2;
+}
+// Where a product leaves those of its result, for sample().
+struct LogitUnits {
+  LogitUnit* units = nullptr;        // [rows, logit_units(vocab)]; null: not wanted
+  const StepInputs* step = nullptr;  // in device memory
+  int32_t first = 0;                 // sampling row of the first
+};
+inline LogitUnit* sample_units(void* workspace) {
+  return static_cast<LogitUnit*>(workspace);
+}
+
+// logits: [rows, vocab] fp32, sampling rows [first, first + rows) of step. has_units: they are in
+// sample_units(). plain: all rows are (StepInputs::plain_sampling); where units are not there yet
+// others, too, are sampled right, but slowly.
 size_t sample_workspace_bytes(int64_t rows, int64_t vocab);
 void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
-            const StepInputs* step, int32_t first, bool plain, const SampleOutputs& out,
-            void* workspace, const Card& card, cudaStream_t stream);
+            const StepInputs* step, int32_t first, bool has_units, bool plain,
+            const SampleOutputs& out, void* workspace, const Card& card, cudaStream_t stream);
+// Units of rows without biases, masks and penalties.
+void sum_up_logits(const float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
+                   const LogitUnits& units, cudaStream_t stream);
 
 }  // namespace ni::cuda

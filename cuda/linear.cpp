@@ -166,6 +166,7 @@ struct Linear::Impl {
   // Whether a plan runs an exact number of rows, and the strides of x and out.
   std::map<std::tuple<Key, int64_t, int64_t, int64_t>, bool> valid;
   int num_timed = 0;
+  LogitUnits timed_units;  // while plans are timed
 
   Impl(const Card& c, const Options& o, cudaStream_t s) : card(c), options(o), stream(s) {}
   Impl(const Impl&) = delete;
@@ -197,12 +198,15 @@ struct Linear::Impl {
     return a;
   }
 
+  // units, where linear_skinny takes them.
   cublasStatus_t multiply(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
-                          const Tensor& out, cudaStream_t on, bool settled = true) {
+                          const Tensor& out, cudaStream_t on, bool settled = true,
+                          const LogitUnits& units = {}) {
     if (plan.skinny) {
       SkinnyArgs args = skinny_args(x, w, out);
       args.accumulate = key.accumulate;
       args.settled = settled;
+      if (makes_units(args, card)) args.units = units;
       linear_skinny(args, card, on);
       return CUBLAS_STATUS_SUCCESS;
     }
@@ -211,6 +215,11 @@ struct Linear::Impl {
     return cublasLtMatmul(handle, &problem.matmul, &one, w.data, &problem.w, x.data, &problem.x,
                           &zero, out.data, &problem.out, out.data, &problem.out, &plan.algo,
                           workspace, kWorkspaceBytes, on);
+  }
+
+  bool has_units(const Plan& plan, const Tensor& x, const LinearWeight& w,
+                 const Tensor& out) const {
+    return plan.skinny && makes_units(skinny_args(x, w, out), card);
   }
 
   Problem describe(const Tensor& x, const LinearWeight& w, const Key& key,
@@ -403,7 +412,13 @@ struct Linear::Impl {
              const Key& key, const Tensor& out, float best) {
     const int64_t rows = std::max(plan.rows, x.rows());
     return time(weights, rows, best, [&](const LinearWeight& w) {
-      return multiply(plan, x.rows(rows), w, key, out.rows(rows), stream) == CUBLAS_STATUS_SUCCESS;
+      const Tensor result = out.rows(rows);
+      const bool good = multiply(plan, x.rows(rows), w, key, result, stream, true, timed_units) ==
+                        CUBLAS_STATUS_SUCCESS;
+      // What linear_skinny may spare the sampler.
+      if (key.f32_out && !has_units(plan, x, w, result))
+        sum_up_logits(result.as<float>(), result.row_stride, rows, key.n, timed_units, stream);
+      return good;
     });
   }
   // Microseconds of linear_large with a gate, if it takes no longer than the plan and an
@@ -536,7 +551,7 @@ struct Linear::Impl {
     std::replace(name.begin(), name.end(), ' ', '_');
     return concat(name, "/", p.multiProcessorCount, "/driver", driver, "/cublaslt",
                   cublasLtGetVersion(), "/", dtype_name(options.dtype),
-                  options.batch_invariant ? "/invariant" : "/fastest", "/format10");
+                  options.batch_invariant ? "/invariant" : "/fastest", "/format11");
   }
   static std::string text_of(const Key& k) {
     return concat(k.n, " ", k.k, " ", k.bucket, " ", k.f32_out, " ", k.bias, " ", k.accumulate);
@@ -671,6 +686,18 @@ void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int6
   const Memory x_memory(rows * widest_in * 2), out_memory(out_bytes),
       other_memory(16 * std::max(widest_out, vocab) * 4);
   fill_random(x_memory.data, rows * widest_in);
+  // For lm_head: rows that are drawn with temperature 1.
+  const std::vector<SamplingRow> sampled(static_cast<size_t>(logits));
+  const auto sampled_bytes = static_cast<int64_t>(sampled.size() * sizeof(SamplingRow));
+  const Memory units(logits * logit_units(vocab) * static_cast<int64_t>(sizeof(LogitUnit))),
+      sampling(sampled_bytes), step(sizeof(StepInputs));
+  StepInputs inputs;
+  inputs.num_logits = static_cast<int32_t>(logits);
+  inputs.sampling = static_cast<const SamplingRow*>(sampling.data);
+  cudaMemcpy(sampling.data, sampled.data(), sampled.size() * sizeof(SamplingRow),
+             cudaMemcpyHostToDevice);
+  cudaMemcpy(step.data, &inputs, sizeof(inputs), cudaMemcpyHostToDevice);
+  timed_units = {static_cast<LogitUnit*>(units.data), static_cast<const StepInputs*>(step.data), 0};
   for_each_plan([&](const Key& key, const std::vector<const LinearWeight*>& same) {
     if (plans.find(key) != plans.end()) return;
     const DType out_type = key.f32_out ? DType::f32 : options.dtype;
@@ -685,6 +712,7 @@ void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int6
                         matrix(other_memory.data, out_type, key.n, out_stride), max_rows);
   });
   check_cuda(cudaStreamSynchronize(stream), "timing plans");
+  timed_units = {};
   write_cache(mine);
 }
 
@@ -708,8 +736,8 @@ bool Linear::fuses(const LinearWeight& w, const LinearArgs& a, int64_t rows) con
   return impl_->kernel_of(w, args, a.rope) != Kernel::none;
 }
 
-void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
-                 cudaStream_t stream, bool settled) {
+bool Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
+                 cudaStream_t stream, bool settled, const LogitUnits& units) {
   Impl& impl = *impl_;
   const int64_t align = 16 / static_cast<int64_t>(dtype_size(x.dtype));
   check_arg(reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.row_stride % align == 0 &&
@@ -726,29 +754,27 @@ void Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
               " rows of ", x.cols(), " on this card");
     if (kernel == Kernel::large) {
       linear_large_sm90(args, a.rope, impl.card, stream);
-    } else {
-      linear_skinny(args, impl.card, stream);
+      return false;
     }
-    return;
+    if (makes_units(args, impl.card)) args.units = units;
+    linear_skinny(args, impl.card, stream);
+    return args.units.units != nullptr;
   }
   const Key key = impl.key_of(w, a, x.rows(), out.dtype == DType::f32);
-  if (impl.only_skinny(w, key) || !impl.fits_plans(out)) {
-    impl.multiply(Plan{}, x, w, key, out, stream, settled);
-    return;
-  }
+  const auto multiply = [&](const Plan& plan, const Tensor& from, const Tensor& to) {
+    check_cublas(impl.multiply(plan, from, w, key, to, stream, settled, units), "cublasLtMatmul");
+    return units.units != nullptr && impl.has_units(plan, from, w, to);
+  };
+  if (impl.only_skinny(w, key) || !impl.fits_plans(out)) return multiply(Plan{}, x, out);
   auto it = impl.plans.find(key);
   if (it == impl.plans.end()) it = impl.plans.emplace(key, impl.plan_untimed(x, w, key, out)).first;
   const Plan& plan = it->second;
   const bool has_room = plan.rows <= x.rows() + a.spare_rows;
-  if (!has_room && impl.options.batch_invariant) {  // not compared with so few
-    impl.multiply(Plan{}, x, w, key, out, stream, settled);
-    return;
-  }
+  if (!has_room && impl.options.batch_invariant)  // not compared with so few
+    return multiply(Plan{}, x, out);
   const int64_t rows = has_room ? std::max(plan.rows, x.rows()) : x.rows();
   const Tensor from = x.rows(rows), to = out.rows(rows);
-  check_cublas(impl.multiply(impl.is_valid(plan, from, w, key, to) ? plan : Plan{}, from, w, key,
-                             to, stream, settled),
-               "cublasLtMatmul");
+  return multiply(impl.is_valid(plan, from, w, key, to) ? plan : Plan{}, from, to);
 }
 
 int Linear::num_timed() const {

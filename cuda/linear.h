@@ -41,8 +41,9 @@ class Linear {
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
   // settled (common.cuh): no kernel that may still run has written the weight, or what a rotation
   // needs: none since one that waited before it let the next one start.
-  void run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
-           cudaStream_t stream, bool settled = true);
+  // With units (out is fp32): whether they have been made, too.
+  bool run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
+           cudaStream_t stream, bool settled = true, const LogitUnits& units = {});
   // Candidates timed so far: none if the cache file knew all plans.
   int num_timed() const;
   // What was chosen, for people: one line a plan.
@@ -73,11 +74,13 @@ struct SkinnyArgs {
   float norm_eps = 0;
   bool gated = false;  // out[rows, out_features / 2] = act(y[:, : half]) * y[:, half :]
   Activation act = Activation::silu;
+  LogitUnits units;  // fp32 out: also of the result, where makes_units() says so
 };
 void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
 // Hopper's, where in_features is a multiple of 64.
 void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stream);
 bool fuses_skinny(const SkinnyArgs& a, const Card& card);
+bool makes_units(const SkinnyArgs& a, const Card& card);
 
 // -- linear_large_sm90.cu -------------------------------------------------------------------------
 // The same for many rows, at least 128, with a gate or, `rope` not null, with rope_kv_write() of

@@ -86,6 +86,8 @@ struct SkinnySm90Plan {
   // A stage is given back when the next one's products have been begun.
   static constexpr int kMinStages = 3;
   static constexpr int kStripRows = 8;
+  // Of four strips in fp32, in different banks; up to 64 rows for two groups of warps.
+  static constexpr int kF32RowBytes = 4 * kStripRows * 4 + 32;
   // So many that a stage has work enough for the tensor core to do while the next is begun, and no
   // more: what is in flight is the ring without the stages at work.
   static constexpr int stage_atoms(int rows, int tile) {
@@ -119,8 +121,10 @@ inline constexpr int skinny_sm90_rows(int rows) {
   return rows <= 8 ? 8 : rows <= 16 ? 16 : (rows + 63) / 64 * 64;
 }
 
+// f32: of the result; strips come in pairs then, for the units of logits.
 inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, bool gated,
-                                       int num_sms, int max_smem, int smem_per_sm) {
+                                       int num_sms, int max_smem, int smem_per_sm,
+                                       bool f32 = false) {
   constexpr int kStripRows = SkinnySm90Plan::kStripRows, kMaxTile = 16;
   constexpr int kMinStages = SkinnySm90Plan::kMinStages;
   SkinnySm90Plan best;
@@ -136,7 +140,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
     const int64_t sms = std::max<int64_t>(1, num_sms / blocks);
     const int64_t waves = (blocks + num_sms - 1) / num_sms;
     for (int tile = kMaxTile; tile >= 1; --tile) {
-      if (gated && tile % 2 != 0) continue;
+      if ((gated || f32) && tile % 2 != 0) continue;
       if (m > 16 && !SkinnySm90Plan::is_wide(tile, static_cast<int>(rows))) continue;
       const int64_t tiles = (strips + tile - 1) / tile;
       const auto rounds = static_cast<int>((tiles + sms - 1) / sms);
@@ -182,9 +186,11 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
   // The tensor core reads 64 rows of W and 8 or 16 of x, or 64 to 256 of x, where there are fewer.
   const int over = m > 16 ? (skinny_sm90_rows(best.rows) - best.rows) * 128
                           : (8 - best.tile % 8) % 8 * kStripRows * 128 + 1024;
-  best.out_bytes = m > 16 ? skinny_sm90_rows(best.rows) * (best.tile + 1) * kStripRows * 2 : 0;
+  const int out_row = f32 ? SkinnySm90Plan::kF32RowBytes * (best.rows <= 64 ? 2 : 1)
+                          : (best.tile + 1) * kStripRows * 2;
+  best.out_bytes = m > 16 ? skinny_sm90_rows(best.rows) * out_row : 0;
   const int fixed =
-      best.x_bytes + best.out_bytes + 8 * (2 * kSkinnySm90MaxStages + 1) + kSkinnyAlign + over;
+      best.x_bytes + best.out_bytes + 8 * (2 * kSkinnySm90MaxStages + 3) + kSkinnyAlign + over;
   // A CTA whose ring takes all its weights and one of the next kernel's shall fit one
   // multiprocessor, so that the rings fill while other kernels compute. Two CTAs of one kernel
   // shall not stand on one: the hardware would put two where the kernel before makes room first and

@@ -230,10 +230,15 @@ bool fuses_skinny(const SkinnyArgs& a, const Card& card) {
   return plan.fits() && (!is_long || plan.x_bytes <= kLittleX);
 }
 
+bool makes_units(const SkinnyArgs& a, const Card& card) {
+  return is_for_sm90(a, card) && a.out_dtype == DType::f32;
+}
+
 void linear_skinny(const SkinnyArgs& a, const Card& card, cudaStream_t stream) {
   if (a.rows == 0 || a.out_features == 0) return;
   if (is_for_sm90(a, card)) return linear_skinny_sm90(a, card, stream);
-  check_invariant(a.norm.weight == nullptr && !a.gated, "linear_skinny: nothing is fused here");
+  check_invariant(a.norm.weight == nullptr && !a.gated && a.units.units == nullptr,
+                  "linear_skinny: nothing is fused here");
   const SkinnyPlan plan =
       plan_skinny(a.rows, a.out_features, card.num_sms, card.max_smem, card.smem_per_sm);
   const SkinnyParams p{a, static_cast<int>(a.rows), static_cast<int>(a.out_features),

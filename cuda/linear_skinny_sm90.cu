@@ -16,6 +16,7 @@
 // one CTA on every multiprocessor (see the plan), and a warp that only copies. For short N the
 // chain of K / 16 dependent products is the bound: 18 cycles each with 8 rows of x, 33 with 64 of
 // B, if they stand close; mma.sync takes 24, with the ldmatrix that it needs 36.
+#include <algorithm>
 #include <iterator>
 #include <utility>
 
@@ -23,6 +24,7 @@
 #include "cuda/linear.h"
 #include "cuda/linear_plan.h"
 #include "cuda/linear_skinny.cuh"
+#include "cuda/logit_units.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.cuh"
@@ -35,6 +37,9 @@ constexpr int kStripRows = SkinnySm90Plan::kStripRows;
 template <int kRows>
 constexpr int kComputeWarps = kRows > 64 ? kRows / 16 : 4;
 constexpr int kNormWarps = kSkinnyNormWarps;
+template <int kRows>
+constexpr int kMaxGroups = kRows > 64 ? 1 : 2;
+static_assert(kMaxGroups<16> * kComputeWarps<16> >= kNormWarps);
 
 struct Params {
   SkinnyArgs a;
@@ -42,6 +47,9 @@ struct Params {
   int n, k;                   // of the result (half of W's rows if gated), and of the sum
   int num_tiles, num_stages;  // stages of a tile
   bool vectors;               // out has rows of 16-byte vectors
+  // Groups of warps that take tiles in turns, so that one makes results while another multiplies.
+  int groups;
+  Place tile_stages;  // how much further in the ring the next tile is
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty and never launched
@@ -66,6 +74,9 @@ struct Memory {
   __device__ __forceinline__ uint32_t full(int i) const { return barriers + 8 * i; }
   __device__ __forceinline__ uint32_t empty(int i) const { return barriers + 8 * (stages + i); }
   __device__ __forceinline__ uint32_t x_full() const { return barriers + 16 * stages; }
+  // A group may wait for its tile's stages: the other has seen all that lay there before, or a
+  // stage's parity might be that of the one before.
+  __device__ __forceinline__ uint32_t turn(int group) const { return x_full() + 8 + 8 * group; }
 };
 
 __device__ __forceinline__ uint4 load_shared(uint32_t address) {
@@ -332,10 +343,35 @@ struct Tile {
   Place place;  // of the present stage
   float acc[kBlocks][kTiles][4];
   uint32_t before[kBlocks][kWide ? 1 : kTiles][4] = {};  // bits of T; few, so registers are enough
-  int warp;
+  float factor[kWide ? 1 : kTiles][2] = {};  // units of logits: of the softmax, of this lane's rows
+  int group, warp;                           // of the group
 
-  __device__ Tile(const Params& params, const Memory& m, int my_warp)
-      : p(params), memory(m), warp(my_warp) {}
+  __device__ Tile(const Params& params, const Memory& m, int my_group, int my_warp, int lane)
+      : p(params), memory(m), group(my_group), warp(my_warp) {
+    if (group > 0) skip();
+    if (p.a.units.units == nullptr) return;
+    const SamplingRow* rows =
+        p.a.units.step->sampling + p.a.units.first + (kWide ? first_row(p) : 0);
+#pragma unroll
+    for (int t = 0; t < (kWide ? 1 : kTiles); ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        if (const int row = row_of(t, i, lane); row < p.plan.rows)
+          factor[t][i] = softmax_factor(rows[row]);
+  }
+  // Another group's tile.
+  __device__ __forceinline__ void skip() {
+    place.stage += p.tile_stages.stage;
+    place.phase ^= p.tile_stages.phase;
+    if (place.stage >= p.plan.stages) {
+      place.stage -= p.plan.stages;
+      place.phase ^= 1;
+    }
+  }
+  // Of x: two rows a lane, of eight (few), or of the warp's sixteen.
+  __device__ __forceinline__ int row_of(int t, int i, int lane) const {
+    return kWide ? 16 * warp + 8 * i + lane / 4 : 8 * t + lane % 4 * 2 + i;
+  }
 
   // The tile's sums. While the tensor core is at one stage, the next one's products are put behind.
   // A stage is given back when all of it has been multiplied.
@@ -382,6 +418,7 @@ struct Tile {
       w += step;
       if (--left == 0) w = begin, left = plan.stages;
     }
+    if (p.groups > 1 && lane == 0) arrive(memory.turn(group ^ 1));
     wgmma_wait<0>();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
@@ -435,6 +472,7 @@ struct Tile {
         store_linear<T>(p.a, at, with_bias<T>(p.a, acc[b][t][i], col),
                         reinterpret_cast<const T&>(bits));
       });
+      if (p.a.units.units != nullptr) store_units_narrow(tile, lane);
       return;
     }
     // The gate's strip stands before the other half's.
@@ -453,10 +491,32 @@ struct Tile {
         }
   }
 
+  // Of two strips each.
+  __device__ __forceinline__ void store_units_narrow(int tile, int lane) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int strip = 8 * b + 2 * warp, row = row_of(t, i, lane);
+          const int col = kStripRows * (tile * p.plan.tile + strip);
+          float v[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int mine = col + 8 * j + lane / 4;
+            v[j] = mine < p.n ? with_bias<T>(p.a, acc[b][t][i + 2 * j], mine) : -INFINITY;
+          }
+          const LogitUnit unit = logit_unit<4>(v, factor[t][i]);
+          if (lane / 4 == 0 && strip < p.plan.tile && is_mine(row, col))
+            p.a.units.units[row * logit_units(p.n) + col / kUnitLogits] = unit;
+        }
+  }
+
   // -- Many rows: by way of shared memory --
-  // [row of x][row of the tile] in 16 bits (fp32: half of the tile): then a lane has eight
-  // neighbours of a row, and little code makes them results. Code that runs once a launch takes
-  // longer to come than to run. A warp makes results of its own sums.
+  // [row of x][row of the tile] in 16 bits (fp32: below): then a lane has eight neighbours of a
+  // row, and little code makes them results. Code that runs once a launch takes longer to come than
+  // to run. A warp makes results of its own sums.
 
   __device__ __forceinline__ uint32_t staged(int row, int strip) const {
     return memory.out + row * (16 * kTiles + 16) + 16 * strip;
@@ -471,10 +531,10 @@ struct Tile {
                  : "memory");
   }
   // Calls f(sum, row of x, strip, row of the strip).
-  template <int kFrom = 0, int kTo = kTiles, typename F>
+  template <typename F>
   __device__ __forceinline__ void for_each_sum(int lane, const F& f) {
 #pragma unroll
-    for (int t = kFrom; t < kTo; ++t)
+    for (int t = 0; t < kTiles; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         f(acc[0][t][i], 16 * warp + i / 2 * 8 + lane / 4, t, lane % 4 * 2 + i % 2);
@@ -487,7 +547,10 @@ struct Tile {
         const int col = kStripRows * (p.a.gated ? all / 2 : all) + in_strip;
         if (col < p.n) sum = with_bias<T>(p.a, sum, half * p.n + col);
       });
-    if (p.a.out_dtype == DType::f32) return store_f32<0>(tile, lane);
+    if (p.a.out_dtype == DType::f32) {
+      if (p.a.units.units != nullptr) store_units_wide(tile, lane);
+      return store_f32(tile, lane);
+    }
     __syncwarp();  // the tile before is stored
     for_each_sum(lane, [&](float sum, int row, int strip, int in_strip) {
       store_one(staged(row, strip) + 2 * in_strip, round_linear<T>(sum));
@@ -499,24 +562,53 @@ struct Tile {
       finish<false>(tile, lane);
     }
   }
-  // Never gated; half of the strips at a time.
-  template <int kFrom>
+  // Of two strips each, of four such a lane one.
+  __device__ __forceinline__ void store_units_wide(int tile, int lane) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = row_of(0, i, lane);
+      LogitUnit mine{};
+#pragma unroll
+      for (int t = 0; t < kTiles; t += 2) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int col = kStripRows * (tile * kTiles + t + j / 2) + lane % 4 * 2 + j % 2;
+          v[j] = col < p.n ? acc[0][t + j / 2][2 * i + j % 2] : -INFINITY;
+        }
+        const LogitUnit unit = logit_unit<1>(v, factor[0][i]);
+        if (lane % 4 == t / 2 % 4) mine = unit;
+        if (t % 8 < 6 && t + 2 < kTiles) continue;
+        const int at = (tile * kTiles + t / 8 * 8) / 2 + lane % 4;
+        if (lane % 4 <= t / 2 % 4 && is_mine(row, kUnitLogits * at))
+          p.a.units.units[(first_row(p) + row) * logit_units(p.n) + at] = mine;
+      }
+    }
+  }
+  // Never gated; four strips at a time, so that stores are of whole lines: 32 bytes at a time they
+  // took 6% longer (64 rows of 0.6B's lm_head, H200). Each group has its own place.
+  template <int kFrom = 0>
   __device__ __forceinline__ void store_f32(int tile, int lane) {
-    constexpr int kTo = kFrom == 0 ? (kTiles + 1) / 2 : kTiles, kVectors = 2 * (kTo - kFrom);
+    constexpr int kTo = kFrom + 4 < kTiles ? kFrom + 4 : kTiles, kVectors = 2 * (kTo - kFrom);
+    constexpr int kRow = SkinnySm90Plan::kF32RowBytes;
+    const uint32_t staged = memory.out + (16 * kComputeWarps<kRows> * group + 16 * warp) * kRow;
     __syncwarp();  // what was there is stored
-    for_each_sum<kFrom, kTo>(lane, [&](float sum, int row, int strip, int in_strip) {
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(staged(row, 2 * (strip - kFrom)) + 4 * in_strip),
-                   "f"(sum)
-                   : "memory");
-    });
+#pragma unroll
+    for (int t = kFrom; t < kTo; ++t)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(staged + (8 * i + lane / 4) * kRow +
+                                                              32 * (t - kFrom) + lane % 4 * 8),
+                     "f"(acc[0][t][2 * i]), "f"(acc[0][t][2 * i + 1])
+                     : "memory");
     __syncwarp();
 #pragma unroll 1
     for (int item = lane; item < 16 * kVectors; item += 32) {
-      const int row = 16 * warp + item / kVectors, vector = item % kVectors;
+      const int in_warp = item / kVectors, vector = item % kVectors, row = 16 * warp + in_warp;
       const int col = kStripRows * (tile * kTiles + kFrom) + 4 * vector;
       if (!is_mine(row, col)) continue;
       float* out = static_cast<float*>(p.a.out) + place_of(row, col);
-      const uint4 bits = load_shared(staged(row, vector));
+      const uint4 bits = load_shared(staged + in_warp * kRow + 16 * vector);
       if (p.vectors && col + 4 <= p.n) {
         *reinterpret_cast<uint4*>(out) = bits;
       } else {
@@ -589,7 +681,7 @@ struct Tile {
 #endif
 
 template <typename T, int kRows, int kShape>
-__global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarps<kRows>)+1), 1)
+__global__ void __launch_bounds__(32 * (kMaxGroups<kRows> * kComputeWarps<kRows> + 1), 1)
     linear_skinny_sm90_kernel(const __grid_constant__ Params p,
                               const __grid_constant__ CUtensorMap w_map,
                               const __grid_constant__ CUtensorMap x_map) {
@@ -603,13 +695,13 @@ __global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarp
       init_barrier(memory.empty(i), kComputeWarps<kRows>);
     }
     init_barrier(memory.x_full(), with_norm && !p.plan.held ? 2 : 1);  // its weights, and x
+    for (int i = 0; i < 2; ++i) init_barrier(memory.turn(i), kComputeWarps<kRows>);
     fence_async_proxy();
   }
   __syncthreads();
   const int warp = uniform(threadIdx.x / 32);
   const int lane = threadIdx.x % 32;
-  const int copies = with_norm ? kNormWarps : kComputeWarps<kRows>;
-  if (warp == copies) {
+  if (warp == static_cast<int>(blockDim.x) / 32 - 1) {
     if (lane == 0) copy(p, memory, &w_map, &x_map);
     return;
   }
@@ -620,12 +712,17 @@ __global__ void __launch_bounds__(32 * ((kRows <= 16 ? kNormWarps : kComputeWarp
     } else {
       normalise<T>(p, memory);
     }
-    if (warp >= kComputeWarps<kRows>) return;
+    if (warp >= p.groups * kComputeWarps<kRows>) return;
   }
-  Tile<T, kRows, kShape> tile(p, memory, warp);
-  for (int i = blockIdx.x; i < p.num_tiles; i += gridDim.x) {
+  const int group = kMaxGroups<kRows> > 1 && warp >= kComputeWarps<kRows> ? 1 : 0;
+  Tile<T, kRows, kShape> tile(p, memory, group, warp - group * kComputeWarps<kRows>, lane);
+  uint32_t phase = group ^ 1;  // the first one's turn it is
+  for (int i = blockIdx.x + group * gridDim.x; i < p.num_tiles; i += p.groups * gridDim.x) {
+    if (p.groups > 1) wait(memory.turn(group), phase);
+    phase ^= 1;
     tile.run(i, lane);
     tile.store(i, lane);
+    if (p.groups > 1) tile.skip();
   }
 #endif
 }
@@ -655,7 +752,8 @@ void launch_sm90(const Params& p, cudaStream_t stream) {
   allow_smem(kernel, static_cast<size_t>(p.plan.smem), "linear_skinny");
   const dim3 grid(static_cast<unsigned>(p.plan.ctas),
                   static_cast<unsigned>((a.rows + p.plan.rows - 1) / p.plan.rows));
-  const int warps = (a.norm.weight != nullptr ? kNormWarps : kComputeWarps<kRows>)+1;
+  const int computing = p.groups * kComputeWarps<kRows>;
+  const int warps = (a.norm.weight != nullptr ? std::max(computing, kNormWarps) : computing) + 1;
   launch(kernel, grid, static_cast<unsigned>(32 * warps), static_cast<size_t>(p.plan.smem), stream,
          "linear_skinny", p, w_map, x_map);
 }
@@ -675,18 +773,27 @@ void launch_wide(const Params& p, cudaStream_t stream) {
 
 void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stream) {
   const bool norm = a.norm.weight != nullptr;
-  const SkinnySm90Plan plan = plan_skinny_sm90(a.rows, a.out_features, a.in_features, norm, a.gated,
-                                               card.num_sms, card.max_smem, card.smem_per_sm);
+  const SkinnySm90Plan plan =
+      plan_skinny_sm90(a.rows, a.out_features, a.in_features, norm, a.gated, card.num_sms,
+                       card.max_smem, card.smem_per_sm, a.out_dtype == DType::f32);
   check_invariant(plan.stages >= SkinnySm90Plan::kMinStages &&
                       (a.rows <= 16 || SkinnySm90Plan::is_wide(plan.tile, plan.rows)),
                   "linear_skinny: no kernel has this plan");
+  const auto num_tiles = static_cast<int>(plan.tiles(a.out_features));
+  const auto num_stages =
+      static_cast<int>((a.in_features + kAtom * plan.atoms - 1) / (kAtom * plan.atoms));
+  // Many rows' results but fp32 are made in the one place there is for them.
+  const bool has_turns =
+      num_tiles > plan.ctas && (a.rows <= 16 || (plan.rows <= 64 && a.out_dtype == DType::f32));
   const Params p{a,
                  plan,
                  static_cast<int>(a.gated ? a.out_features / 2 : a.out_features),
                  static_cast<int>(a.in_features),
-                 static_cast<int>(plan.tiles(a.out_features)),
-                 static_cast<int>((a.in_features + kAtom * plan.atoms - 1) / (kAtom * plan.atoms)),
-                 is_vector_aligned(a.out, a.out_stride)};
+                 num_tiles,
+                 num_stages,
+                 is_vector_aligned(a.out, a.out_stride),
+                 has_turns ? 2 : 1,
+                 {num_stages % plan.stages, static_cast<uint32_t>(num_stages / plan.stages % 2)}};
   dispatch_16bit(a.dtype, "linear", [&](auto type) {
     using T = decltype(type);
     const bool one = plan.tile <= 64 / kStripRows;

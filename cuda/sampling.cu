@@ -2,17 +2,21 @@
 // for token, up to rounding at the boundary of a draw:
 //   raw log-probabilities, ranks; bias -> mask -> penalties -> temperature -> top-k -> top-p ->
 //   min-p -> the first token at which the running sum of p exceeds u times the whole.
-// logits: [rows, vocab] fp32, never written. A row is cut into 32 segments, whatever else runs:
-//   segment_kernel  32 blocks a row: maximum, and mass = sum exp((z - maximum) / temperature).
-//                   Rows with biases, masks or penalties get a processed copy in the workspace.
+// logits: [rows, vocab] fp32, never written. Of every 16 neighbours, a unit, the maximum and the
+// mass (logit_units.cuh) come with the logits, or are made here. A row is cut into 32 segments:
+//   segment_kernel  32 blocks a row: units, where they are not there. Rows with biases, masks or
+//                   penalties get a processed copy in the workspace, and units of that. Of narrowed
+//                   and scored rows the segment's maximum, and mass before any processing.
 //   bin_kernel      4 to 32 blocks a row, narrowed rows only (top-k, top-p, min-p): tokens and mass
 //                   by distance from the maximum, in bins of 1/64 nat.
 //   list_kernel     as many: the tokens up to the bin in which the row is cut, if they are few.
 //   choose_kernel   1 block a row, a warp a segment: the cut, the draw, the scores.
-// Greedy and plain draws read each logit once from device memory (rows * vocab * 4 bytes, which
-// bounds them), and one segment again; narrowed rows are read three times, and where the tokens
-// that are kept are too many to list, some times more by one block. Masses that decide a cut are
-// integers, so atomics may add them in any order; all other sums have a fixed one.
+// Where all rows are plain (greedy, or a temperature and nothing else) and units there, draw_kernel
+// does all: it reads half a byte a logit, and 16 logits, and is bound by latency. Without units,
+// and where rows are processed or scored, the first kernel reads all, which bounds them; narrowed
+// rows are read three times, and where the tokens that are kept are too many to list, some times
+// more by one block. Masses that decide a cut are integers, so atomics may add them in any order;
+// all other sums have a fixed one.
 #include "core/philox.h"
 #include "cuda/sampling.cuh"
 
@@ -21,17 +25,9 @@ namespace {
 
 using namespace sampling;
 
-constexpr float kGreedyBelow = 1e-5f;
 constexpr int kSegmentThreads = 256, kBinThreads = 512;
-constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr int64_t kMaxVocab = 1 << 21;  // so that masses fit into 64 bits
 
-__device__ bool is_greedy(const SamplingRow& r) {
-  return r.temperature < kGreedyBelow;
-}
-__device__ float factor_of(const SamplingRow& r) {
-  return is_greedy(r) ? 1.0f : 1.0f / r.temperature;
-}
 __device__ bool is_scored(const SamplingRow& r) {
   return r.num_logprobs >= 0 || r.target >= 0;
 }
@@ -61,107 +57,36 @@ __device__ bool is_allowed(const uint32_t* mask, int32_t id) {
 
 // -- segment_kernel -------------------------------------------------------------------------------
 
-struct Summary {
-  float max;
-  int32_t argmax;
-  double mass;
-};
+// A unit's logits, in the order that logit_unit() wants.
+struct UnitLogits {
+  float v[kUnitLogits];
 
-// What a thread has of a segment, or of a part of it: all on the way at once, vectors of four where
-// rows are aligned. NaN counts as -infinity.
-struct Batch {
-  static constexpr int kVectors = 5, kSize = 4 * kVectors;
-  float v[kSize];
-
-  // Of the i-th element; neighbours of four are one vector.
-  static __device__ int32_t id(int32_t begin, int i) {
-    return begin + 4 * (i / 4 * kSegmentThreads + static_cast<int32_t>(threadIdx.x)) + i % 4;
-  }
+  // Vectors of four where rows are aligned; -infinity where there are none.
   __device__ void load(const float* x, int32_t begin, int32_t end) {
-    const bool vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    const bool vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0 && begin + kUnitLogits <= end;
 #pragma unroll
-    for (int u = 0; u < kVectors; ++u) {
-      const int32_t from = id(begin, 4 * u);
+    for (int c = 0; c < kUnitLogits; c += 4) {
       float4 four{-kInf, -kInf, -kInf, -kInf};
-      if (vectors && from + 4 <= end) {
-        four = *reinterpret_cast<const float4*>(x + from);
-      } else if (from < end) {
-        four.x = x[from];
-        if (from + 1 < end) four.y = x[from + 1];
-        if (from + 2 < end) four.z = x[from + 2];
-        if (from + 3 < end) four.w = x[from + 3];
+      if (vectors) {
+        four = *reinterpret_cast<const float4*>(x + begin + c);
+      } else {
+        if (begin + c < end) four.x = x[begin + c];
+        if (begin + c + 1 < end) four.y = x[begin + c + 1];
+        if (begin + c + 2 < end) four.z = x[begin + c + 2];
+        if (begin + c + 3 < end) four.w = x[begin + c + 3];
       }
-      v[4 * u] = four.x, v[4 * u + 1] = four.y, v[4 * u + 2] = four.z, v[4 * u + 3] = four.w;
+      // Bits 3, 0, 1, 2 of the column.
+      const int at = c / 8 * 8 + c / 4 % 2;
+      v[at] = four.x, v[at + 4] = four.y, v[at + 2] = four.z, v[at + 6] = four.w;
     }
   }
-  // The lowest id that has the value, or kMaxInt.
-  __device__ int32_t find(float value, int32_t begin) const {
-    int32_t found = kMaxInt;
+  __device__ float max() const {
+    float top = -kInf;
 #pragma unroll
-    for (int i = kSize - 1; i >= 0; --i)
-      if (v[i] == value) found = id(begin, i);
-    return found;
-  }
-  // The same of a batch that is here no more.
-  static __device__ int32_t find_again(const float* x, int32_t begin, int32_t end, float value) {
-#pragma unroll 1
-    for (int i = 0; i < kSize; ++i)
-      if (const int32_t at = id(begin, i); at < end && x[at] == value) return at;
-    return kMaxInt;
+    for (const float one : v) top = fmaxf(top, one);  // not NaN
+    return top;
   }
 };
-
-// Of x[begin, end), of which the first batch is there: in thread 0. A thread's sum follows its own
-// maximum, and is scaled to the block's at the end.
-__device__ Summary summarize(Batch batch, const float* x, int32_t begin, int32_t end, float factor,
-                             bool with_mass) {
-  constexpr int kWarps = kSegmentThreads / 32;
-  __shared__ uint32_t keys[kWarps], ids[kWarps];
-  __shared__ double masses[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float top = -kInf;
-  int32_t top_begin = begin;  // of the batch that has it
-  double mass = 0;
-  for (;;) {
-    const float before = top;
-#pragma unroll
-    for (const float v : batch.v) top = fmaxf(top, v);  // not NaN
-    if (top > before) top_begin = begin;
-    if (with_mass) {
-      const Softmax softmax{fmaxf(top, kLowest), factor};
-      float sum = 0;
-#pragma unroll
-      for (const float v : batch.v) sum += softmax.p_of(fmaxf(v, -kInf));
-      mass = mass * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
-    }
-    begin += Batch::kSize * kSegmentThreads;
-    if (begin >= end) break;
-    batch.load(x, begin, end);
-  }
-  const uint32_t warp_key = __reduce_max_sync(kAllLanes, key_of(top));
-  __syncthreads();  // earlier readers are done
-  if (lane == 0) keys[warp] = warp_key;
-  __syncthreads();
-  const float max = value_of(__reduce_max_sync(kAllLanes, keys[lane % kWarps]));
-  int32_t at = kMaxInt;
-  if (top == max) {
-    const bool is_here = top_begin + Batch::kSize * kSegmentThreads >= begin;
-    at = is_here ? batch.find(max, top_begin) : Batch::find_again(x, top_begin, end, max);
-  }
-  const auto warp_id = __reduce_min_sync(kAllLanes, static_cast<uint32_t>(at));
-  if (with_mass) mass = warp_reduce(mass * static_cast<double>(Softmax{max, factor}.p(top)), Add{});
-  if (lane == 0) {
-    ids[warp] = warp_id;
-    masses[warp] = mass;
-  }
-  __syncthreads();
-  Summary s{max, 0, 0};
-  if (warp == 0) {
-    s.argmax = static_cast<int32_t>(__reduce_min_sync(kAllLanes, ids[lane % kWarps]));
-    if (with_mass) s.mass = warp_reduce(masses[lane % kWarps], Add{}, kWarps);
-  }
-  return s;
-}
 
 // z[begin, end) = the logits after bias, mask and penalties. What is masked stays at -infinity (or
 // becomes NaN, which is the same), so the mask may come before the biases.
@@ -194,40 +119,71 @@ __device__ void process(const Sampler& s, const SamplingRow& r, const float* raw
   __syncthreads();
 }
 
+// Calls f(first token, logits) for each of a segment's units.
+template <typename F>
+__device__ void each_unit(const float* x, int32_t begin, int32_t end, F f) {
+  for (int32_t at = begin + kUnitLogits * static_cast<int32_t>(threadIdx.x); at < end;
+       at += kUnitLogits * kSegmentThreads) {
+    UnitLogits logits;
+    logits.load(x, at, end);
+    f(at, logits);
+  }
+}
+
+// Grid: [rows, kSegments]. Units only.
+__global__ void __launch_bounds__(kSegmentThreads) units_kernel(Sampler s) {
+  wait_for_previous();
+  let_next_start();
+  const int row = static_cast<int>(blockIdx.x), segment = static_cast<int>(blockIdx.y);
+  if (s.is_padding(row)) return;
+  const float factor = softmax_factor(s.step->sampling[s.first + row]);
+  each_unit(s.raw(row), s.begin(segment), s.begin(segment + 1),
+            [&](int32_t at, const UnitLogits& logits) {
+              s.units_of(row)[at / kUnitLogits] = logit_unit<0>(logits.v, factor);
+            });
+}
+
 // Grid: [rows, kSegments].
 __global__ void __launch_bounds__(kSegmentThreads, 4) segment_kernel(Sampler s) {
   wait_for_previous();
   let_next_start();
   const int row = static_cast<int>(blockIdx.x), segment = static_cast<int>(blockIdx.y);
   if (s.is_padding(row)) return;
-  const int32_t begin = s.begin(segment), end = s.begin(segment + 1);
-  const float* raw = s.raw(row);
-  Batch batch;  // comes while the rest is looked up
-  batch.load(raw, begin, end);
   const SamplingRow& r = s.step->sampling[s.first + row];
+  const bool narrowed = is_narrowed(r, s.vocab), processed = is_processed(r), scored = is_scored(r);
+  const bool makes_units = r.target < 0 && (processed || !s.has_units);
+  if (!narrowed && !scored && !makes_units) return;
   constexpr int kShare = kBins / kSegments;
-  if (is_narrowed(r, s.vocab) && threadIdx.x < kShare) {  // the next two kernels add to them
+  if (narrowed && threadIdx.x < kShare) {  // the next two kernels add to them
     const int bin = row * kBins + segment * kShare + static_cast<int>(threadIdx.x);
     s.counts[bin] = 0;
     s.mass[bin] = 0;
     s.num_listed[row] = 0;
   }
-  const float factor = factor_of(r);
-  Summary of_raw{}, of_z{};
-  if (is_scored(r)) of_raw = summarize(batch, raw, begin, end, 1.0f, true);
-  if (r.target < 0) {
-    const bool processed = is_processed(r);
-    if (processed) {
-      process(s, r, raw, s.copy(row), begin, end);
-      batch.load(s.copy(row), begin, end);
+  const int32_t begin = s.begin(segment), end = s.begin(segment + 1);
+  const float* const raw = s.raw(row);
+  if (processed) process(s, r, raw, s.copy(row), begin, end);
+  const float factor = softmax_factor(r);
+  float top = -kInf, raw_top = -kInf;
+  double raw_mass = 0;  // under the thread's own maximum
+  each_unit(raw, begin, end, [&](int32_t at, UnitLogits& logits) {
+    if (scored) {
+      const float before = raw_top;
+      raw_top = fmaxf(raw_top, logits.max());
+      const LogitUnit unit = logit_unit<0>(logits.v, 1.0f);
+      const Softmax softmax{raw_top, 1.0f};
+      raw_mass = raw_mass * static_cast<double>(softmax.p(before)) +
+                 static_cast<double>(unit.mass) * static_cast<double>(softmax.p(unit.max));
     }
-    of_z = !processed && is_scored(r) && factor == 1
-               ? of_raw
-               : summarize(batch, processed ? s.copy(row) : raw, begin, end, factor, !is_greedy(r));
-  }
-  if (threadIdx.x == 0)
-    s.stats[row * kSegments + segment] = {of_z.max, of_z.argmax, of_z.mass, of_raw.max,
-                                          of_raw.mass};
+    if (processed) logits.load(s.copy(row), at, end);
+    if (makes_units) s.units_of(row)[at / kUnitLogits] = logit_unit<0>(logits.v, factor);
+    if (narrowed) top = fmaxf(top, logits.max());
+  });
+  if (!narrowed && !scored) return;
+  const Softmax softmax{value_of(block_reduce(key_of(raw_top), Max{})), 1.0f};
+  top = value_of(block_reduce(key_of(top), Max{}));
+  raw_mass = block_reduce(raw_mass * static_cast<double>(softmax.p(raw_top)), Add{});
+  if (threadIdx.x == 0) s.stats[row * kSegments + segment] = {top, softmax.base, raw_mass};
 }
 
 // -- bin_kernel, list_kernel ----------------------------------------------------------------------
@@ -236,7 +192,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 4) segment_kernel(Sampler s) 
 struct Share {
   const float* z;
   int32_t begin, end;
-  Softmax softmax;
+  BinnedSoftmax softmax;
 
   // Grid: [rows, 2^n], 2^n up to kSegments.
   __device__ Share(const Sampler& s, const SamplingRow& r, int row)
@@ -245,7 +201,7 @@ struct Share {
     begin = s.begin(static_cast<int>(blockIdx.y) * share);
     end = s.begin(static_cast<int>(blockIdx.y + 1) * share);
     softmax = {warp_max(s.stats[row * kSegments + static_cast<int>(threadIdx.x) % 32].max),
-               factor_of(r)};
+               softmax_factor(r)};
   }
   // Else nothing will be drawn.
   __device__ bool has_maximum() const { return !isinf(softmax.base); }
@@ -337,7 +293,7 @@ __device__ int32_t fallback(const Sampler& s, const SamplingRow& r, const float*
 
 // A draw from what top-k, top-p and min-p leave.
 __device__ int32_t choose_narrowed(const Sampler& s, const SamplingRow& r, int row, const float* z,
-                                   Softmax softmax, double u, Shared& sh) {
+                                   BinnedSoftmax softmax, double u, Shared& sh) {
   const bool top_p = r.top_p < 1;
   Selector selector(s, z, softmax, top_p, s.plain ? -1 : row, sh);
   const int listed = selector.load_list();
@@ -368,28 +324,191 @@ __device__ int32_t choose_narrowed(const Sampler& s, const SamplingRow& r, int r
   return static_cast<int32_t>(sh.items[found] >> 32);
 }
 
-__device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Shared& sh) {
-  const int lane = threadIdx.x % 32;
-  const SegmentStats& stats = s.stats[row * kSegments + lane];
-  const uint64_t order = warp_reduce(order_of(key_of(stats.max), stats.argmax), Min{});
-  const float best = value_of(~static_cast<uint32_t>(order >> 32));
-  if (best == -kInf) return fallback(s, r, s.raw(row));
-  if (is_greedy(r) || best == kInf) return static_cast<int32_t>(order);
-
-  const double u = philox_uniform(r.seed, r.choice, static_cast<uint32_t>(r.position));
-  const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
-  const float factor = factor_of(r);
-  if (is_narrowed(r, s.vocab)) return choose_narrowed(s, r, row, z, {best, factor}, u, sh);
-  // In units of the segment's own maximum, as segment_kernel has summed.
-  if (threadIdx.x < 32) {
-    const double below = static_cast<double>(stats.max) - static_cast<double>(best);
-    const double scale = exp(below * static_cast<double>(factor));
-    pick_segment(stats.mass * scale, u, scale, sh);
+// A row's units, a segment a warp, neighbours a lane.
+class Units {
+ public:
+  // All on the way at once; more than these only of vocabularies beyond 160 000.
+  __device__ Units(const Sampler& s, int row)
+      : units_(s.units_of(row)),
+        of_segment_(s.segment / kUnitLogits),
+        of_lane_((of_segment_ + 63) / 64 * 2),
+        begin_(warp() * of_segment_ + lane() * of_lane_),
+        end_(min(min(begin_ + of_lane_, (warp() + 1) * of_segment_),
+                 (s.vocab + kUnitLogits - 1) / kUnitLogits)) {
+    load(begin_);
   }
-  __syncthreads();
-  const Softmax softmax{s.stats[row * kSegments + sh.segment].max, factor};
-  const int32_t begin = s.begin(sh.segment), end = s.begin(sh.segment + 1);
-  return find_token(z, begin, end, Weight{softmax, 0, kNothing}, sh.left, sh);
+
+  // By all warps. Masses only where there is something to draw.
+  __device__ void sum_up(float factor, bool with_mass, Segments& segments) {
+    float top = -kInf;
+    int32_t unit = kMaxInt;
+    mass_ = 0;
+    for (int32_t from = begin_; from < end_; from += kBatch) {
+      if (from > begin_) load(from);
+      const float before = top;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (batch_[i].max > top) unit = from + i;
+        top = fmaxf(top, batch_[i].max);
+      }
+      if (!with_mass) continue;
+      const Softmax softmax{top, factor};
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) sum += batch_[i].mass * softmax.p(batch_[i].max);
+      mass_ = mass_ * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
+    }
+    const float max = value_of(__reduce_max_sync(kAllLanes, key_of(top)));
+    const auto first =
+        __reduce_min_sync(kAllLanes, static_cast<uint32_t>(top == max ? unit : kMaxInt));
+    double mass = 0;
+    if (with_mass) {
+      mass_ *= static_cast<double>(Softmax{max, factor}.p(top));
+      mass = warp_reduce(mass_, Add{});
+    }
+    if (lane() == 0) {
+      segments.max[warp()] = max;
+      segments.unit[warp()] = static_cast<int32_t>(first);
+      segments.mass[warp()] = mass;
+    }
+    __syncthreads();
+  }
+
+  // By all warps: the token at which the running sum exceeds u times the whole, in `found`.
+  __device__ void draw(const float* z, int32_t vocab, Softmax row, double u, Segments& segments,
+                       int32_t& found) const {
+    if (warp() == 0) {
+      const double below =
+          static_cast<double>(segments.max[lane()]) - static_cast<double>(row.base);
+      const double scale = exp(below * static_cast<double>(row.factor));
+      pick_segment(segments.mass[lane()] * scale, u, scale, segments);
+    }
+    __syncthreads();
+    if (warp() == segments.drawn) {
+      const Softmax segment{segments.max[warp()], row.factor};
+      const int32_t token = find(z, vocab, segment, segments.left);
+      if (lane() == 0) found = token;
+    }
+    __syncthreads();
+  }
+
+ private:
+  // By the warp of the segment in which the draw lies, `left` in units of its maximum: the token.
+  __device__ int32_t find(const float* z, int32_t vocab, Softmax segment, double left) const {
+    const int owner = pick_lane(mass_, left);
+    const int32_t begin = __shfl_sync(kAllLanes, begin_, owner),
+                  end = __shfl_sync(kAllLanes, end_, owner);
+    // A lane a unit; of more than a warp's, those in which the draw lies, or the last possible.
+    LogitUnit mine{};
+    double mass = 0, left_there = left;
+    int32_t first = begin;
+    for (int32_t from = begin; from < end; from += 32) {
+      LogitUnit unit{-kInf, 0};
+      if (from + lane() < end) unit = units_[from + lane()];
+      const double own = static_cast<double>(unit.mass) * static_cast<double>(segment.p(unit.max));
+      const double sum = warp_reduce(own, Add{});
+      if (sum > 0) mine = unit, mass = own, left_there = left, first = from;
+      if (left < sum) break;
+      left -= sum;
+    }
+    const int at = pick_lane(mass, left_there);
+    const Softmax unit{__shfl_sync(kAllLanes, mine.max, at), segment.factor};
+    left_there /= static_cast<double>(segment.p(unit.base));
+    const int32_t id = (first + at) * kUnitLogits + lane();
+    float p = 0;
+    if (lane() < kUnitLogits && id < vocab) p = unit.p(clean(z[id]));
+    return __shfl_sync(kAllLanes, id, pick_lane(static_cast<double>(p), left_there));
+  }
+
+  static constexpr int kBatch = 10;
+
+  static __device__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  static __device__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ void load(int32_t from) {
+#pragma unroll
+    for (int i = 0; i < kBatch; i += 2) {
+      float4 two{-kInf, 0, -kInf, 0};
+      if (from + i < end_) two = *reinterpret_cast<const float4*>(units_ + from + i);
+      batch_[i] = {two.x, two.y};
+      batch_[i + 1] = from + i + 1 < end_ ? LogitUnit{two.z, two.w} : LogitUnit{-kInf, 0};
+    }
+  }
+
+  const LogitUnit* units_;
+  int32_t of_segment_, of_lane_, begin_, end_;
+  LogitUnit batch_[kBatch];
+  double mass_ = 0;  // the lane's, under the segment's maximum
+};
+
+// A row's largest logit.
+struct Best {
+  float value;
+  int32_t unit;
+
+  __device__ explicit Best(const Segments& segments) {
+    const int lane = threadIdx.x % 32;
+    const uint64_t order =
+        warp_reduce(order_of(key_of(segments.max[lane]), segments.unit[lane]), Min{});
+    value = value_of(~static_cast<uint32_t>(order >> 32));
+    unit = static_cast<int32_t>(order);
+  }
+  // The lowest token that has it.
+  __device__ int32_t token(const float* z, int32_t vocab) const {
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32, id = unit * kUnitLogits + lane;
+    const bool has = lane < kUnitLogits && id < vocab && z[id] == value;
+    return unit * kUnitLogits + __ffs(static_cast<int>(__ballot_sync(kAllLanes, has))) - 1;
+  }
+};
+
+__device__ double uniform_of(const SamplingRow& r) {
+  return philox_uniform(r.seed, r.choice, static_cast<uint32_t>(r.position));
+}
+
+__device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Shared& sh) {
+  Units units(s, row);
+  const float factor = softmax_factor(r);
+  const bool narrowed = is_narrowed(r, s.vocab);
+  units.sum_up(factor, !is_greedy(r) && !narrowed, sh.segments);
+  const Best best(sh.segments);
+  if (best.value == -kInf) return fallback(s, r, s.raw(row));
+  const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
+  if (is_greedy(r) || best.value == kInf) return best.token(z, s.vocab);
+  const BinnedSoftmax softmax{{best.value, factor}};
+  if (narrowed) return choose_narrowed(s, r, row, z, softmax, uniform_of(r), sh);
+  units.draw(z, s.vocab, softmax, uniform_of(r), sh.segments, sh.found);
+  return sh.found;
+}
+
+// choose_kernel where all rows are plain and units there, with the same result: in little code,
+// which takes longer to come than to run, and with what is asked of the row known before the wait.
+// Grid: [rows].
+__global__ void __launch_bounds__(kChooseThreads, 2) draw_kernel(Sampler s) {
+  __shared__ Segments segments;
+  __shared__ int32_t found;
+  const int row = static_cast<int>(blockIdx.x);
+  if (s.is_padding(row)) return wait_for_previous();
+  const int64_t at = s.first + row;
+  const SamplingRow& r = s.step->sampling[at];
+  const bool greedy = is_greedy(r);
+  const float factor = softmax_factor(r);
+  const double u = greedy ? 0 : uniform_of(r);
+  int32_t* const host_ids = s.step->host_ids;
+  const float* const z = s.raw(row);
+  wait_for_previous();
+  let_next_start();
+  Units units(s, row);
+  units.sum_up(factor, !greedy, segments);
+  const Best best(segments);
+  int32_t token = 0;  // where there is nothing but -infinity
+  if (greedy || isinf(best.value)) {
+    if (best.value > -kInf) token = best.token(z, s.vocab);
+  } else {
+    units.draw(z, s.vocab, {best.value, factor}, u, segments, found);
+    token = found;
+  }
+  if (threadIdx.x != 0) return;
+  s.out.token_ids[at] = token;
+  if (host_ids != nullptr) host_ids[at] = token;
 }
 
 // Log-probabilities and ranks of a row, over the logits as they came.
@@ -429,7 +548,7 @@ class Scorer {
       ids[i] = -1;
       logprobs[i] = -kInf;
     }
-    Selector selector(s_, raw_, {best_, 1.0f}, false, -1, sh_);
+    Selector selector(s_, raw_, {{best_, 1.0f}}, false, -1, sh_);
     uint64_t before = 0;
     for (int32_t done = 0; done < found; done += kSortCapacity) {
       const int32_t upto = min(found, done + kSortCapacity);
@@ -500,6 +619,7 @@ class Parts {
 
 size_t lay_out(Sampler& s, int64_t rows, int64_t vocab, void* workspace) {
   Parts parts(workspace);
+  parts.take(s.units, rows * logit_units(vocab));  // sample_units()
   parts.take(s.stats, rows * kSegments);
   parts.take(s.mass, rows * kBins);
   parts.take(s.counts, rows * kBins);
@@ -509,24 +629,14 @@ size_t lay_out(Sampler& s, int64_t rows, int64_t vocab, void* workspace) {
   return parts.bytes();
 }
 
-}  // namespace
-
-size_t sample_workspace_bytes(int64_t rows, int64_t vocab) {
-  Sampler s{};
-  return lay_out(s, rows, vocab, nullptr);
-}
-
-void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
-            const StepInputs* step, int32_t first, bool plain, const SampleOutputs& out,
-            void* workspace, const Card&, cudaStream_t stream) {
+void check_sampled(int64_t rows, int64_t vocab) {
   check_arg(vocab > 0 && vocab <= kMaxVocab, "sample: vocabulary of ", vocab, ", not in [1, ",
             kMaxVocab, "]");
   check_arg(rows >= 0 && rows <= 65535, "sample: ", rows, " rows, not in [0, 65535]");
-  check_arg(first >= 0, "sample: first row ", first, " is below 0");
-  check_arg(out.token_ids != nullptr, "sample: no place for token_ids");
-  check_arg(out.max_logprobs <= 0 || (out.top_ids != nullptr && out.top_logprobs != nullptr),
-            "sample: no place for the most likely tokens");
-  if (rows == 0) return;
+}
+
+Sampler sampler_of(const float* logits, int64_t logits_stride, int64_t vocab,
+                   const StepInputs* step, int32_t first) {
   Sampler s{};
   s.logits = logits;
   s.stride = logits_stride;
@@ -534,11 +644,46 @@ void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
   s.segment = static_cast<int32_t>((vocab + 32 * kSegments - 1) / (32 * kSegments) * 32);
   s.step = step;
   s.first = first;
+  return s;
+}
+
+dim3 segments_of(int64_t rows) {
+  return dim3(static_cast<unsigned>(rows), kSegments);
+}
+
+}  // namespace
+
+size_t sample_workspace_bytes(int64_t rows, int64_t vocab) {
+  Sampler s{};
+  return lay_out(s, rows, vocab, nullptr);
+}
+
+void sum_up_logits(const float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
+                   const LogitUnits& units, cudaStream_t stream) {
+  check_sampled(rows, vocab);
+  Sampler s = sampler_of(logits, logits_stride, vocab, units.step, units.first);
+  s.units = units.units;
+  launch(units_kernel, segments_of(rows), kSegmentThreads, 0, stream, "sample", s);
+}
+
+void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
+            const StepInputs* step, int32_t first, bool has_units, bool plain,
+            const SampleOutputs& out, void* workspace, const Card&, cudaStream_t stream) {
+  check_sampled(rows, vocab);
+  check_arg(first >= 0, "sample: first row ", first, " is below 0");
+  check_arg(out.token_ids != nullptr, "sample: no place for token_ids");
+  check_arg(out.max_logprobs <= 0 || (out.top_ids != nullptr && out.top_logprobs != nullptr),
+            "sample: no place for the most likely tokens");
+  if (rows == 0) return;
+  Sampler s = sampler_of(logits, logits_stride, vocab, step, first);
+  s.has_units = has_units;
   s.plain = plain;
   s.out = out;
   lay_out(s, rows, vocab, workspace);
   const auto grid_rows = static_cast<unsigned>(rows);
-  launch(segment_kernel, dim3(grid_rows, kSegments), kSegmentThreads, 0, stream, "sample", s);
+  if (has_units && plain)
+    return launch(draw_kernel, grid_rows, kChooseThreads, 0, stream, "sample", s);
+  launch(segment_kernel, segments_of(rows), kSegmentThreads, 0, stream, "sample", s);
   if (!plain) {
     // Few rows: more blocks for each. Many: fewer bins to add up.
     const dim3 grid(grid_rows, rows <= 8 ? kSegments : rows <= 64 ? kSegments / 4 : kSegments / 8);

@@ -7,14 +7,11 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 
-#include "cuda/common.cuh"
-#include "cuda/kernels.h"
+#include "cuda/logit_units.cuh"
 
 namespace ni::cuda::sampling {
 
-inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline constexpr int32_t kMaxInt = std::numeric_limits<int32_t>::max();
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kSegments = 32;  // as a warp has lanes, and choose_kernel warps
@@ -27,11 +24,10 @@ inline constexpr int kSortCapacity = 2 * kChooseThreads;
 // Masses that are compared for top-p are multiples of this; 2^21 tokens of p = 1 fit into 64 bits.
 inline constexpr float kMassUnits = 0x1p42f;
 
+// Of a row that is narrowed, processed or scored.
 struct SegmentStats {
-  float max;       // of the processed logits
-  int32_t argmax;  // the lowest id that has it
-  double mass;     // sum exp((z - max) * factor); greedy rows: not computed
-  float raw_max;   // of the logits as they came; rows that are scored
+  float max;      // of the processed logits
+  float raw_max;  // of the logits as they came; rows that are scored
   double raw_mass;
 };
 
@@ -43,8 +39,10 @@ struct Sampler {
   int32_t segment;  // tokens in a segment
   const StepInputs* step;
   int32_t first;
-  bool plain;  // no row is narrowed: bin_kernel and list_kernel do not run
+  bool has_units;  // of the logits as they came
+  bool plain;      // no row is narrowed: bin_kernel and list_kernel do not run
   SampleOutputs out;
+  LogitUnit* units;          // [rows, logit_units(vocab)] of the processed logits
   SegmentStats* stats;       // [rows, kSegments]
   unsigned long long* mass;  // [rows, kBins]
   uint32_t* counts;          // [rows, kBins]
@@ -54,6 +52,7 @@ struct Sampler {
 
   __device__ const float* raw(int row) const { return logits + row * stride; }
   __device__ float* copy(int row) const { return processed + static_cast<int64_t>(row) * vocab; }
+  __device__ LogitUnit* units_of(int row) const { return units + row * logit_units(vocab); }
   __device__ int32_t begin(int at) const { return min(at * segment, vocab); }
   // Rows beyond the step's are nobody's.
   __device__ bool is_padding(int row) const { return first + row >= step->num_logits; }
@@ -81,6 +80,12 @@ struct Add {
   template <typename T>
   __device__ T operator()(T a, T b) const {
     return a + b;
+  }
+};
+struct Max {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a < b ? b : a;
   }
 };
 struct Min {
@@ -130,14 +135,7 @@ __device__ T block_exclusive(T v) {
   return warp == 0 ? before : warps + before;
 }
 
-// p = exp((z - base) * factor)
-struct Softmax {
-  float base, factor;
-  // Of a z that is not NaN, with a base that is not -infinity.
-  __device__ float p_of(float z) const {
-    return fast_exp2((z - base) * (factor * 1.4426950408889634f));
-  }
-  __device__ float p(float z) const { return z > -kInf ? p_of(z) : 0.0f; }
+struct BinnedSoftmax : Softmax {
   __device__ uint64_t units(float z) const { return __float2ull_rn(p(z) * kMassUnits); }
   // Bins of 1/64 nat below `base`, the maximum. It never falls where z falls, -infinity and a
   // maximum that is infinite included.
@@ -193,15 +191,22 @@ struct Cut {
   uint64_t mass = 0;         // kept
 };
 
+// Of a row, a warp each, and where in it a draw lies.
+struct Segments {
+  float max[kSegments];
+  int32_t unit[kSegments];  // the first that has the maximum
+  double mass[kSegments];   // under it
+  int32_t drawn;
+  double left;  // mass of that one which lies before the draw
+};
+
 struct Shared {
+  Segments segments;
   Bins bins;
   uint64_t items[kSortCapacity];  // order_of tokens
   int32_t num_items;
   Place place;
   uint32_t lowest, highest;  // keys of a bin
-  double segment_mass[kSegments];
-  int32_t segment;  // that holds the draw
-  double left;      // mass of the segment that lies before the draw
   int32_t first_thread, last_thread, found;
   double log_sum;
 };
@@ -239,22 +244,29 @@ __device__ __forceinline__ void each_token(const float* z, int32_t begin, int32_
   }
 }
 
-// By one warp, a segment's mass a lane: the segment in which the running sum exceeds u times the
-// whole; if rounding leaves none, the last that is possible. What is left to draw is told in
-// units of `scale`.
-__device__ inline void pick_segment(double mass, double u, double scale, Shared& sh) {
+// By one warp, a mass a lane: the lane at which the running sum exceeds `left`, which becomes what
+// is left of it there; if rounding leaves none, the last that is possible.
+__device__ inline int pick_lane(double mass, double& left) {
   const double upto = warp_inclusive(mass);
   double before = __shfl_up_sync(kAllLanes, upto, 1);
   if (threadIdx.x % 32 == 0) before = 0;
-  const double draw = u * __shfl_sync(kAllLanes, upto, 31);
   const unsigned possible = __ballot_sync(kAllLanes, mass > 0);
-  const unsigned beyond = __ballot_sync(kAllLanes, mass > 0 && draw < upto);
+  const unsigned beyond = __ballot_sync(kAllLanes, mass > 0 && left < upto);
   const int lane = max(
       beyond != 0 ? __ffs(static_cast<int>(beyond)) - 1 : 31 - __clz(static_cast<int>(possible)),
       0);
+  left -= __shfl_sync(kAllLanes, before, lane);
+  return lane;
+}
+
+// By one warp, a segment's mass a lane: the one at which the running sum exceeds u times the whole.
+// What is left of that there is told in units of the lane's `scale`.
+__device__ inline void pick_segment(double mass, double u, double scale, Segments& segments) {
+  double left = u * warp_reduce(mass, Add{});
+  const int lane = pick_lane(mass, left);
   if (static_cast<int>(threadIdx.x) % 32 == lane) {
-    sh.segment = lane;
-    sh.left = (draw - before) / scale;
+    segments.drawn = lane;
+    segments.left = left / scale;
   }
 }
 
@@ -316,19 +328,20 @@ __device__ int32_t find_in_row(const Sampler& s, const float* z, W weight, doubl
     mass += static_cast<double>(sum);
   }
   mass = warp_reduce(mass, Add{});
-  if (lane == 0) sh.segment_mass[warp] = mass;
+  if (lane == 0) sh.segments.mass[warp] = mass;
   __syncthreads();
-  if (warp == 0) pick_segment(sh.segment_mass[lane], draw, 1.0, sh);
+  if (warp == 0) pick_segment(sh.segments.mass[lane], draw, 1.0, sh.segments);
   __syncthreads();
-  return find_token(z, s.begin(sh.segment), s.begin(sh.segment + 1), weight, sh.left, sh);
+  const int at = sh.segments.drawn;
+  return find_token(z, s.begin(at), s.begin(at + 1), weight, sh.segments.left, sh);
 }
 
 // Finds cuts in a row in the order of likelihood.
 class Selector {
  public:
   // `row`: of which bin_kernel has made bins, -1: none.
-  __device__ Selector(const Sampler& s, const float* z, Softmax softmax, bool with_mass, int row,
-                      Shared& sh)
+  __device__ Selector(const Sampler& s, const float* z, BinnedSoftmax softmax, bool with_mass,
+                      int row, Shared& sh)
       : s_(s), z_(z), softmax_(softmax), with_mass_(with_mass), row_(row), sh_(sh) {}
 
   // The row's first tokens, which list_kernel has listed, sorted; all later cuts are found among
@@ -544,7 +557,7 @@ class Selector {
 
   const Sampler& s_;
   const float* z_;
-  const Softmax softmax_;
+  const BinnedSoftmax softmax_;
   const bool with_mass_;
   const int row_;
   int num_listed_ = 0;

@@ -39,18 +39,19 @@ struct Sampling {
     in.sampling = sampling.data();
     check_cuda(cudaMemcpy(step.data(), &in, sizeof(in), cudaMemcpyHostToDevice), "upload");
   }
-  void run(float* logits, const Bench& b) const {
+  void run(float* logits, bool has_units, const Bench& b) const {
     const SampleOutputs out{ids.data(), logprobs.data(), ranks.data(), nullptr, nullptr, 0};
-    sample(logits, vocab, rows, vocab, step.data(), 0, plain, out, workspace.data(), b.card,
-           b.timer.stream());
+    sample(logits, vocab, rows, vocab, step.data(), 0, has_units, plain, out, workspace.data(),
+           b.card, b.timer.stream());
   }
+  LogitUnits units() const { return {sample_units(workspace.data()), step.data(), 0}; }
 };
 
 double sample_us(Bench& b, int64_t rows, int64_t vocab, const SamplingRow& row) {
   const int64_t size = rows * vocab, copies = b.activation_copies(4 * size);
   const Device<float> logits = random_f32(size * copies, 3);
   const Sampling sampling(rows, vocab, row);
-  return b.timer.us(copies, [&](int64_t i) { sampling.run(logits.data() + i * size, b); });
+  return b.timer.us(copies, [&](int64_t i) { sampling.run(logits.data() + i * size, false, b); });
 }
 
 // The end of a step: last norm (part of the product where that is possible, or apart), logits and
@@ -64,7 +65,8 @@ void bench_heads(Bench& b, const SamplingRow& greedy, const SamplingRow& warm) {
   Table table{"head",
               "Last norm, logits and sampler of a step, beside reading lm_head once at the rate of "
               "the copy",
-              {"model", "rows", "sampling", "us", "norm apart us", "lm_head us", "read us",
+              {"model", "rows", "sampling", "us", "norm apart us", "lm_head with units us",
+               "lm_head us", "read us",
                "% over reading"},
               {}};
   const cudaStream_t stream = b.timer.stream();
@@ -91,21 +93,25 @@ void bench_heads(Bench& b, const SamplingRow& greedy, const SamplingRow& warm) {
       for (const auto& [name, row] : {std::pair{"greedy", greedy}, {"temperature 0.6", warm}}) {
         const Sampling sampling(rows, vocab, row);
         const auto product = [&](int64_t i, bf16* from, const LinearArgs& a) {
-          linear.run(matrix(from), weights[static_cast<size_t>(i)], a, out, stream);
+          return linear.run(matrix(from), weights[static_cast<size_t>(i)], a, out, stream, true,
+                            sampling.units());
         };
         const double apart = b.timer.us(kCopies, [&](int64_t i) {
           norm(x.data(), hidden, nullptr, 0, rows, hidden, norm_weight, with_norm.norm_args,
                DType::bf16, normed.data(), hidden, true, stream);
-          product(i, normed.data(), {});
-          sampling.run(logits.data(), b);
+          sampling.run(logits.data(), product(i, normed.data(), {}), b);
         });
         const bool fuses = linear.fuses(weights[0], with_norm, rows);
         const double us = !fuses ? apart : b.timer.us(kCopies, [&](int64_t i) {
-          product(i, x.data(), with_norm);
-          sampling.run(logits.data(), b);
+          sampling.run(logits.data(), product(i, x.data(), with_norm), b);
         });
-        const double alone = b.timer.us(kCopies, [&](int64_t i) { product(i, normed.data(), {}); });
-        table.rows.push_back({model, rows, name, us, apart, alone, read, 100 * (us / read - 1)});
+        const double summed_up =
+            b.timer.us(kCopies, [&](int64_t i) { product(i, normed.data(), {}); });
+        const double alone = b.timer.us(kCopies, [&](int64_t i) {
+          linear.run(matrix(normed.data()), weights[static_cast<size_t>(i)], {}, out, stream);
+        });
+        table.rows.push_back(
+            {model, rows, name, us, apart, summed_up, alone, read, 100 * (us / read - 1)});
       }
     }
   }
@@ -120,10 +126,11 @@ void bench_sampler(Bench& b) {
   warm.temperature = 0.6f;
   both.top_k = 50;
   both.top_p = 0.9f;
-  Table table{"sampler",
-              "Sampler (vocabulary 151936), beside reading the logits once at the rate of the copy",
-              {"rows", "sampling", "us", "read us", "us / read"},
-              {}};
+  Table table{
+      "sampler",
+      "Sampler alone (vocabulary 151936), beside reading the logits once at the rate of the copy",
+      {"rows", "sampling", "us", "read us", "us / read"},
+      {}};
   for (const int64_t rows : {1, 64, 256}) {
     const double read = static_cast<double>(4 * rows * kQwenVocab) / b.copy_gbs * 1e-3;
     for (const auto& [name, row] :

@@ -28,7 +28,7 @@ void set_stream(Backend& backend, void* stream);
 
 // A number that differs when a plug-in was built against another contract.
 constexpr uint64_t backend_abi() {
-  return 4 + (sizeof(BackendOptions) << 8) + (sizeof(BackendInfo) << 20) +
+  return 5 + (sizeof(BackendOptions) << 8) + (sizeof(BackendInfo) << 20) +
          (sizeof(StepInputs) << 32) + (sizeof(KvView) << 44);
 }
 

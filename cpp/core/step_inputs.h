@@ -98,7 +98,9 @@ struct StepInputs {
   int32_t num_whole_items = 0;  // those of them that are a whole sequence, index -1
   int32_t num_prefill_items = 0;
   int32_t num_decode_ranges = 0;
-  bool plain_sampling = false;   // no row has top-k, top-p or min-p; false also where nobody looked
+  // Every row is greedy, or drawn from all tokens at a temperature: none has top-k, top-p, min-p,
+  // biases, a mask, penalties or logprobs, none is only scored. False also where nobody looked.
+  bool plain_sampling = false;
   bool logits_are_rows = false;  // logits_rows is 0, 1, …, L - 1; false also where nobody looked
 
   // [T]; an id below 0 stands for sampled_ids[-1 - id]: a token of the step before, which the host

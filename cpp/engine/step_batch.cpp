@@ -12,6 +12,15 @@ namespace ni {
 namespace {
 
 // A token of the sequence followed by its drafts.
+// StepInputs::plain_sampling, of a row.
+bool is_plain(const SamplingRow& r) {
+  const bool is_narrowed = r.top_k > 0 || r.top_p < 1 || r.min_p > 0;
+  const bool is_processed =
+      r.bias_end > r.bias_begin || r.counts_end > r.counts_begin || r.mask_row >= 0;
+  const bool is_scored = r.num_logprobs >= 0 || r.target >= 0;
+  return !is_narrowed && !is_processed && !is_scored;
+}
+
 int32_t token_at(const Sequence& seq, int index) {
   const int known = seq.num_tokens();
   return index < known ? seq.tokens[static_cast<size_t>(index)]
@@ -102,9 +111,7 @@ void StepBatch::build(const StepPlan& plan, int padded_rows) {
   };
   wants_logprobs_ = any_row(0);
   wants_top_ = any_row(1);
-  inputs_.plain_sampling = std::none_of(
-      sampling_.begin(), sampling_.end(),
-      [](const SamplingRow& row) { return row.top_k > 0 || row.top_p < 1 || row.min_p > 0; });
+  inputs_.plain_sampling = std::all_of(sampling_.begin(), sampling_.end(), is_plain);
   if (padded_rows > 0) add_padding(padded_rows);
   if (tiling_.kv_chunk > 0)
     build_attn_items(cu_seqlens_q_.data(), context_lens_.data(),

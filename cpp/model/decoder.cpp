@@ -162,6 +162,8 @@ void Decoder::attention(size_t index, const StepInputs& in, const Tensor& x, Lin
 
 Tensor Decoder::logits(const StepInputs& in, int first, int count) {
   LinearArgs product;
+  product.sampled = &in;
+  product.first_sampled = first;
   if (fuses(in.num_tokens)) {  // the last norm is to be done
     product.norm = &weights_.final_norm;
     product.norm_args = norm_args_;

@@ -82,12 +82,15 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             const auto p =
                 plan_skinny_sm90(m, n, k, norm, gated, card.sms, card.max_smem, card.smem_per_sm);
             if (norm && (m > 16 || !p.fits())) continue;  // not fused
+            const auto pairs = plan_skinny_sm90(m, n, k, norm, gated, card.sms, card.max_smem,
+                                                card.smem_per_sm, true);
+            EXPECT_EQ(pairs.tile % 2, 0);
             EXPECT_GE(p.stages, 3);
             EXPECT_LE(p.stages, kSkinnySm90MaxStages);
             EXPECT_LE(p.smem, card.max_smem);
             constexpr int kLost = 1024 - 16;  // by alignment
             const int used = p.stages * p.stage_bytes + p.x_bytes + kLost;
-            EXPECT_GE(p.smem, used + p.out_bytes + 8 * (2 * p.stages + 1));
+            EXPECT_GE(p.smem, used + p.out_bytes + 8 * (2 * p.stages + 3));
             EXPECT_EQ(p.stage_bytes % kSkinnyAlign, 0);
             EXPECT_TRUE(m <= 64 ? p.rows == m || (n <= 1056 && 2 * p.rows >= m && p.rows >= 17)
                                 : p.rows >= 33 && p.rows <= 256)

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <random>
 
@@ -147,11 +148,39 @@ TEST(StepBatch, PassesEverySamplingParameterOn) {
   EXPECT_EQ(counts_of(in, 0), (Counts{{10, 0}, {11, 1}, {12, 2}}));
   EXPECT_EQ(biases_of(in, 0), (Biases{{3, 2.0f}, {5, -1.0f}}));
   EXPECT_EQ(allowed_by(in, 0), (Ints{0, 31, 32, 69}));
+  EXPECT_FALSE(in.plain_sampling);
   // The row beside it has none of this.
   EXPECT_EQ(in.sampling[1].mask_row, -1);
   EXPECT_TRUE(counts_of(in, 1).empty());
   EXPECT_TRUE(biases_of(in, 1).empty());
   EXPECT_EQ(in.sampling[1].num_logprobs, -1);
+}
+
+// What a sampler that has only seen sums of the logits cannot do.
+TEST(StepBatch, TellsWhetherAllRowsAreDrawnPlainly) {
+  const auto is_plain = [](const std::function<void(SamplingParams&)>& change) {
+    SamplingParams warm, other;
+    warm.temperature = 0.7f;
+    warm.seed = 3;
+    other.temperature = 0;
+    change(other);
+    Sequence first = make_sequence({1}, {}, warm, {3}, 0);
+    Sequence second = make_sequence({4, 5}, {}, other, {1}, 0);
+    StepPlan plan;
+    plan.items = {{&first, 1, 1, 0, false}, {&second, 2, 1, 0, false}};
+    StepBatch batch = make_batch();
+    batch.build(plan);
+    return batch.inputs().plain_sampling;
+  };
+  EXPECT_TRUE(is_plain([](SamplingParams&) {}));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.top_k = 5; }));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.top_p = 0.5f; }));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.min_p = 0.5f; }));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.logit_bias = {{3, 1.0f}}; }));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.allowed_token_ids = {3}; }));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.frequency_penalty = 1; }));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.logprobs = 0; }));
+  EXPECT_FALSE(is_plain([](SamplingParams& p) { p.prompt_logprobs = 0; }));
 }
 
 TEST(StepBatch, TopKOffIsZero) {

@@ -597,6 +597,82 @@ TEST_P(LinearTest, LogitsHaveTheBitsOfTheOlderKernel) {
   }
 }
 
+// What the sampler wants of every 16 logits, as if it had read them itself, and as in double.
+TEST_P(LinearTest, LogitsComeWithTheirUnits) {
+  constexpr int32_t kFirst = 3;
+  uint32_t seed = 170;
+  for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{{1, 151936, 64},
+                                                                   {1, 128256, 64},
+                                                                   {2, 4099, 1024},
+                                                                   {5, 16998, 128},
+                                                                   {8, 33, 64},
+                                                                   {9, 5000, 128},
+                                                                   {16, 33790, 64},
+                                                                   {17, 3000, 64},
+                                                                   {33, 20001, 64},
+                                                                   {64, 33790, 64},
+                                                                   {100, 17000, 64},
+                                                                   {150, 16998, 64},
+                                                                   {240, 17000, 64},
+                                                                   {256, 30016, 64}}) {
+    const Weight w(n, k, GetParam(), m % 2 == 0, ++seed, 0.2f);
+    Rows x(m, k, GetParam(), ++seed);
+    if (m > 2) {  // a row of NaN
+      std::fill_n(x.values.begin() + x.stride, k, NAN);
+      x.memory.fill(x.values);
+    }
+    const Out out(m, n, DType::f32);
+    std::vector<SamplingRow> sampled(static_cast<size_t>(kFirst + m));
+    for (size_t r = 0; r < sampled.size(); ++r)
+      sampled[r].temperature = std::array{0.0f, 0.6f, 1.0f, 7.0f, 0.01f}[r % 5];
+    const DeviceArray<SamplingRow> sampling(sampled);
+    StepInputs inputs;
+    inputs.num_logits = static_cast<int32_t>(sampled.size());
+    inputs.sampling = sampling.data();
+    const DeviceArray<StepInputs> step(std::vector<StepInputs>{inputs});
+    const auto per_row = static_cast<size_t>(cuda::logit_units(n));
+    DeviceArray<cuda::LogitUnit> units(static_cast<size_t>(m) * per_row),
+        want(static_cast<size_t>(m) * per_row);
+    const auto l = linear(true);
+    DeviceArray<float> norm_weight(normal_floats(static_cast<size_t>(k), ++seed));
+    const NormWeight norm{norm_weight.data(), nullptr};
+    for (const bool normalises : {false, true}) {
+      LinearArgs a;
+      if (normalises) a.norm = &norm;
+      if (normalises && !l->fuses(w.w, a, m)) continue;
+      units.poison();
+      want.poison();
+      const bool made =
+          l->run(x.tensor, w.w, a, out.tensor, nullptr, false, {units.data(), step.data(), kFirst});
+      ASSERT_EQ(made, card_.arch == 90);
+      if (!made) continue;
+      cuda::sum_up_logits(static_cast<const float*>(out.tensor.data), out.stride, m, n,
+                          {want.data(), step.data(), kFirst}, nullptr);
+      EXPECT_TRUE(units.intact() && out.memory.intact());
+      const auto got = units.read(), right = want.read();
+      const std::vector<float> logits = out.memory.read();
+      for (size_t i = 0; i < got.size(); ++i)
+        ASSERT_EQ(0, std::memcmp(&got[i], &right[i], sizeof(got[i])))
+            << m << " x " << n << ": row " << i / per_row << " unit " << i % per_row << ", "
+            << got[i].max << " " << got[i].mass << ", not " << right[i].max << " " << right[i].mass;
+      for (const size_t r : {size_t{0}, static_cast<size_t>(m) / 2, static_cast<size_t>(m) - 1})
+        for (size_t u = 0; 16 * u < static_cast<size_t>(n); ++u) {
+          const float* z = &logits[r * static_cast<size_t>(out.stride) + 16 * u];
+          const size_t count = std::min<size_t>(16, static_cast<size_t>(n) - 16 * u);
+          double max = -INFINITY, mass = 0;
+          for (size_t i = 0; i < count; ++i)
+            if (z[i] == z[i]) max = std::max(max, static_cast<double>(z[i]));
+          const double t = static_cast<double>(sampled[kFirst + r].temperature);
+          for (size_t i = 0; i < count; ++i)
+            if (z[i] == z[i]) mass += std::exp((static_cast<double>(z[i]) - max) / (t > 0 ? t : 1));
+          const cuda::LogitUnit& unit = got[r * per_row + u];
+          ASSERT_EQ(static_cast<double>(unit.max), max) << r << " " << u;
+          ASSERT_NEAR(static_cast<double>(unit.mass), mass, 1e-4 * mass + 1e-6) << r << " " << u;
+        }
+    }
+  }
+}
+
 TEST_P(LinearTest, RandomShapesInBothModes) {
   std::mt19937 rng(5);
   const auto pick = [&](int64_t most) {

@@ -120,7 +120,16 @@ class DeviceBatch {
                             top_ids_.data(), top_logprobs_.data(), max_logprobs_};
     cuda::sample(logits_.data(), static_cast<int64_t>(stride_),
                  static_cast<int64_t>(batch_.rows.size()), static_cast<int64_t>(batch_.vocab),
-                 step_.data(), first_, plain_, out, workspace_.data(), this_card(), stream);
+                 step_.data(), first_, has_units_, plain_, out, workspace_.data(), this_card(),
+                 stream);
+  }
+  // As a product does that makes the logits.
+  void sum_up() {
+    cuda::sum_up_logits(logits_.data(), static_cast<int64_t>(stride_),
+                        static_cast<int64_t>(batch_.rows.size()),
+                        static_cast<int64_t>(batch_.vocab),
+                        {cuda::sample_units(workspace_.data()), step_.data(), first_}, nullptr);
+    has_units_ = true;
   }
   void poison() {
     for (DeviceBytes* bytes : all_outputs()) bytes->poison();
@@ -153,7 +162,7 @@ class DeviceBatch {
 
   const Batch& batch_;
   int32_t first_;
-  bool plain_;
+  bool plain_, has_units_ = false;
   int32_t max_logprobs_;
   size_t stride_;
   DeviceArray<float> logits_;
@@ -170,6 +179,13 @@ class DeviceBatch {
 // `plain`: as if nobody had said that rows are narrowed.
 Result sample(const Batch& batch, int32_t max_logprobs = 0, bool plain = false) {
   DeviceBatch device(batch, max_logprobs, 2, plain);
+  device.launch();
+  return device.read();
+}
+
+Result sample_summed_up(const Batch& batch, int32_t max_logprobs, bool plain) {
+  DeviceBatch device(batch, max_logprobs, 2, plain);
+  device.sum_up();
   device.launch();
   return device.read();
 }
@@ -379,8 +395,45 @@ TEST(CudaSampling, RandomParametersGiveTheReferencesTokens) {
       const std::vector<float> z = processed(b, r);
       if (*std::max_element(z.begin(), z.end()) == -kInf) b.rows[r] = greedy();
     }
-    expect_tokens(b, sample(b).ids);
+    const std::vector<int32_t> ids = sample(b).ids;
+    expect_tokens(b, ids);
     expect_tokens(b, sample(b, 0, true).ids);
+    EXPECT_EQ(sample_summed_up(b, 0, false).ids, ids);
+  }
+}
+
+// Where units of the logits are there, rows that nothing but a temperature shapes are not read
+// again; they have the tokens of a step that reads all.
+TEST(CudaSampling, PlainRowsNeedNoMoreThanUnits) {
+  for (const size_t vocab : {1, 15, 16, 17, 1000, 4099, 40000, 151936, 600000}) {
+    Batch b(vocab), mixed(vocab), odd(vocab);
+    for (size_t r = 0; r < (vocab > 100000 ? 4 : 40); ++r) {
+      std::vector<float> logits = normal_floats(vocab, static_cast<uint32_t>(100 + r), 4);
+      SamplingRow row;
+      row.temperature = std::array{0.0f, 0.6f, 1.0f, 30.0f}[r % 4];
+      row.seed = 5 * r;
+      row.position = static_cast<int32_t>(r);
+      b.add(logits, row);
+      if (r % 2 == 0) row.num_logprobs = 0;
+      mixed.add(logits, row);
+      row.num_logprobs = -1;
+      if (r % 3 == 1) logits[r % vocab] = NAN;
+      if (r % 3 == 2) std::fill_n(logits.begin(), vocab / 2, -kInf);
+      if (r % 8 == 5) std::fill(logits.begin(), logits.end(), -kInf);
+      if (r % 8 == 6) logits[vocab / 2] = kInf;
+      odd.add(logits, row);
+    }
+    EXPECT_EQ(sample_summed_up(odd, 0, true).ids, sample(odd).ids) << vocab;
+    const std::vector<int32_t> ids = sample_summed_up(b, 0, true).ids;
+    expect_tokens(b, ids);
+    EXPECT_EQ(ids, sample(b).ids) << vocab;
+    EXPECT_EQ(ids, sample(b, 0, true).ids) << vocab;
+    EXPECT_EQ(ids, sample_summed_up(b, 0, false).ids) << vocab;
+    const Result scored = sample(mixed), summed_up = sample_summed_up(mixed, 0, false);
+    EXPECT_EQ(ids, summed_up.ids) << vocab;
+    EXPECT_EQ(scored.ranks, summed_up.ranks) << vocab;
+    for (size_t r = 0; r < ids.size(); r += 2)
+      EXPECT_EQ(scored.logprobs[r], summed_up.logprobs[r]) << vocab << " " << r;
   }
 }
 
@@ -764,8 +817,8 @@ TEST(CudaSampling, WrongArgumentsAreRefused) {
   DeviceArray<StepInputs> step(1);
   DeviceBytes workspace(cuda::sample_workspace_bytes(1, 8));
   const auto call = [&](int64_t rows, int64_t vocab, int32_t first, const SampleOutputs& out) {
-    cuda::sample(logits.data(), 8, rows, vocab, step.data(), first, false, out, workspace.data(),
-                 this_card(), nullptr);
+    cuda::sample(logits.data(), 8, rows, vocab, step.data(), first, false, false, out,
+                 workspace.data(), this_card(), nullptr);
   };
   SampleOutputs out;
   EXPECT_THROW(call(1, 8, 0, out), std::invalid_argument);  // no token_ids
