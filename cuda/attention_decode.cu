@@ -11,7 +11,7 @@ namespace {
 // Where the counters end does not depend on the model, so that a workspace may serve several: what
 // is zero for one is for all.
 int64_t counter_bytes(int64_t max_seqs) {
-  return max_seqs * kMaxAttentionHeads * static_cast<int64_t>(sizeof(int32_t));
+  return max_seqs * kMaxAttentionHeads * static_cast<int64_t>(sizeof(DecodeCounter));
 }
 
 DecodeParams decode_params(const AttnParams& p, int32_t max_query_len, int64_t max_seqs,
@@ -32,7 +32,7 @@ DecodeParams decode_params(const AttnParams& p, int32_t max_query_len, int64_t m
           Divisor(p.kv.block_size),
           decode_partial_rows(max_query_len, p.args.num_heads),
           0,
-          static_cast<int32_t*>(workspace),
+          static_cast<DecodeCounter*>(workspace),
           reinterpret_cast<float*>(static_cast<char*>(workspace) + counter_bytes(max_seqs))};
 }
 

@@ -4,13 +4,15 @@
 // Work is cut into (item, kv head, row tile): an item is a chunk of 256 tokens or a whole sequence,
 // the 16 rows of a tile are (query row, head of the group) pairs, so that K and V are read once for
 // a group. Where a CTA does not have all chunks of a result, each leaves (m, l, O) in the
-// workspace; the CTA that arrives last merges them in ascending order. Four warps compute: in P V,
-// each has a part of the dimensions.
+// workspace; the CTA that arrives last merges them in ascending order, on Hopper perhaps with
+// others. Four warps compute: in P V, each has a part of the dimensions.
 #pragma once
 
 #include "cuda/attention.cuh"
 
 namespace ni::cuda {
+
+using DecodeCounter = unsigned long long;
 
 struct DecodeParams {
   AttnParams attn;
@@ -22,9 +24,10 @@ struct DecodeParams {
   Divisor block_size;
   int partial_rows;  // decode_partial_rows()
   int stages;        // of decode_sm80's ring
-  // [max_seqs][kMaxAttentionHeads], of which [max_seqs][num_heads] are used: chunks that are done
-  // of a (sequence, kv head, row tile).
-  int32_t* counters;
+  // [max_seqs][kMaxAttentionHeads], of which [max_seqs][num_heads] are used: of a (sequence, kv
+  // head, row tile), in the lower half chunks that are done, in the upper one what Hopper's kernel
+  // has there.
+  DecodeCounter* counters;
   // Of an item: (m, l) [partial_rows], then O [partial_rows][d]; row: partial_row().
   float* partials;
 
@@ -49,6 +52,7 @@ struct alignas(16) Work {
   int is_whole;                 // the item is the whole sequence
   int slot;                     // with_rope: of the last token in the cache; below 0: none
   int is_last;                  // of the CTA's, and whole, so that nothing is left to do
+  int joins;                    // the last of the CTA's, a part, whose merge several CTAs share
 
   __device__ int rows(int group) const { return query_len * group; }
   __device__ int rows_of_tile(int group) const {
@@ -96,22 +100,26 @@ __device__ __forceinline__ bool find_unit(const DecodeParams& p, int unit, Work&
   return find_work(p, p.attn.step->decode_items[w.item], w);
 }
 
-// Counts a part that has been written. True for the last one of its result: the others can be read
-// then. For one thread, barriers to and from which order the accesses of the others. Better not for
-// every chunk of many: a release waits for accesses that are on their way (docs/kernels.md).
-__device__ __forceinline__ bool count_part(const DecodeParams& p, const Work& w) {
-  int32_t* counter = p.counters + static_cast<int64_t>(w.seq) * p.attn.args.num_heads +
-                     w.kv_head * p.row_tiles + w.row_tile;
-  const int chunks = w.chunks();
-  int32_t before;
-  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(chunks)
+__device__ __forceinline__ DecodeCounter* counter_of(const DecodeParams& p, const Work& w) {
+  return p.counters + static_cast<int64_t>(w.seq) * p.attn.args.num_heads +
+         w.kv_head * p.row_tiles + w.row_tile;
+}
+__device__ __forceinline__ int chunks_done(DecodeCounter all) {
+  return static_cast<int>(all);
+}
+// Counts the chunks of a part that has been written, and what else is in `more`; what is there
+// then. Are all chunks done, they can be read. For one thread, barriers to and from which order the
+// accesses of the others. Better not for every chunk of many: a release waits for accesses that are
+// on their way (docs/kernels.md).
+__device__ __forceinline__ DecodeCounter count_chunks(DecodeCounter* counter, const Work& w,
+                                                      DecodeCounter more) {
+  const DecodeCounter mine = static_cast<DecodeCounter>(w.chunks()) + more;
+  DecodeCounter before;
+  asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(counter), "l"(mine)
                : "memory");
-  if (before + chunks != w.num_chunks) return false;
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  *counter = 0;  // as it was found
-  return true;
+  return before + mine;
 }
 
 // -- Sums -----------------------------------------------------------------------------------------
@@ -262,14 +270,15 @@ __device__ __forceinline__ void write_merged(const DecodeParams& p, T* to, float
             pack2_out<T>(__fmul_rn(a[2], scale), __fmul_rn(a[3], scale))};
 }
 
-// All chunks of the row tile, ascending; a thread has 4 columns of a row, kAhead chunks are asked
-// for at a time. Loads bypass L1, which may hold what lay there before.
+// All chunks of pieces [begin, end) of the row tile, ascending; a piece, and a thread's, are 4
+// columns of a row, kAhead chunks are asked for at a time. Loads bypass L1, which may hold what lay
+// there before.
 template <typename T, int D, int kAhead>
-__device__ __forceinline__ void merge_partials(const DecodeParams& p, const Work& w) {
+__device__ __forceinline__ void merge_partials(const DecodeParams& p, const Work& w, int begin,
+                                               int end) {
   constexpr int kVectors = D / 4;
-  const int rows = w.rows_of_tile(p.group);
   const int64_t stride = int64_t{p.partial_rows} * (D + 2) * 4;  // bytes from chunk to chunk
-  for (int i = threadIdx.x; i < rows * kVectors; i += 32 * kDecodeWarps) {
+  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += 32 * kDecodeWarps) {
     const int packed = w.row_tile * kMmaRows + i / kVectors, vector = i % kVectors;
     const float* partial = p.partial(w.first_item + w.first_chunk);
     const float2* ml = reinterpret_cast<const float2*>(partial) + partial_row(p, w, packed);

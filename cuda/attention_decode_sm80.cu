@@ -170,7 +170,7 @@ class Decoder {
         write_out<T, C, D>(p_, w, total);
       } else {
         write_partial<C, D>(p_, w, w.item, total);
-        if (arrive_last(w)) merge_partials<T, D, 8>(p_, w);
+        if (arrive_last(w)) merge_partials<T, D, 8>(p_, w, 0, w.rows_of_tile(p_.group) * (D / 4));
       }
     }
     cp_async_wait<0>();
@@ -291,7 +291,11 @@ class Decoder {
   // True in the CTA that is the last of its sequence, kv head and row tile.
   __device__ __forceinline__ bool arrive_last(const Work& w) {
     __syncthreads();
-    if (threadIdx.x == 0) *is_last_ = count_part(p_, w) ? 1 : 0;
+    if (threadIdx.x == 0) {
+      DecodeCounter* const counter = counter_of(p_, w);
+      *is_last_ = chunks_done(count_chunks(counter, w, 0)) == w.num_chunks ? 1 : 0;
+      if (*is_last_ != 0) *counter = 0;  // as it was found
+    }
     __syncthreads();
     return *is_last_;
   }

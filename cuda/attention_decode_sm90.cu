@@ -12,7 +12,8 @@
 //   the same bits. In P V, a warp has all tokens and a part of the dimensions. Two barriers a
 //   chunk.
 // - One counts the chunks that are done of a result in which several CTAs have a part: fences and
-//   atomics take longer than tiles. The last one's computing warps merge, a piece of work later.
+//   atomics take longer than tiles. The last one's computing warps merge, a piece of work later;
+//   large merges are shared by those that have nothing else to do.
 // A CTA has a range of neighbouring chunks, so few results are shared.
 // With kRope the computing warps first do what rope_kv.cu does, to the bit: q's rows where they
 // lie, k and v into the cache and, since the tile that the engine brings has not seen them, into
@@ -32,8 +33,15 @@ constexpr DecodePlan kPlan = plan_decode_sm90(D, static_cast<int>(sizeof(C)));
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-constexpr int kComputeThreads = 32 * kDecodeWarps;
+constexpr int kComputeThreads = 32 * kDecodeWarps, kLogThreads = 7;
+static_assert(kComputeThreads == 1 << kLogThreads);
+constexpr int kManyChunks = 24;  // for merge_many(): with 16 it is slower, with 50 faster
 constexpr uint32_t kAll = 0xffffffffu;
+
+// Of a result that is merged: pieces of four columns, row by row; none: it is others'.
+struct Share : Work {
+  int begin, end;
+};
 
 template <typename C, int D>
 struct Memory {
@@ -53,22 +61,18 @@ struct Memory {
   static constexpr int kTops = kQ + kDecodeUnits * kMmaRows * kQRow;
   static constexpr int kWork = kTops + kMmaRows * kDecodeWarps * 4;
   static constexpr int kMerge = kWork + kDecodeUnits * static_cast<int>(sizeof(Work));
-  static constexpr int kBarriers = kMerge + static_cast<int>(sizeof(Work));
+  static constexpr int kBarriers = kMerge + static_cast<int>(sizeof(Share));
   static constexpr int kNumBarriers = 2 * kStages + 2 * kDecodeUnits + 2;
   static_assert(kBarriers + 8 * kNumBarriers <= kPlan<C, D>.smem);
 
   __device__ uint32_t tile(int stage) const { return address + stage * kTileBytes; }
   __device__ uint32_t p(int tile) const { return address + kP + tile * kPBytes; }
-  // Of chunks that are merged: sums of kMergedRows rows in the ring's place, factors in that of P:
-  // what the chunks before are worth under the maximum that this one may move, what this one is,
-  // and its l under that.
-  static constexpr int kMergedRows = kComputeThreads / (D / 4), kMergedBytes = kMergedRows * D * 4;
-  static constexpr int kMergedParts = kStages * kTileBytes / kMergedBytes / 8 * 8;
-  static constexpr int kFactors = kDecodeWarps * kPBytes / (16 * kMergedRows) / 8 * 8;
-  static_assert(kMergedParts > 0 && kMergedBytes % 16 == 0);
-  __device__ float4* factors(int row) const {
-    return reinterpret_cast<float4*>(base + kP) + row * kFactors;
-  }
+  // Of chunks that are merged: a piece of each for every thread in the ring's place, factors in
+  // that of P.
+  static constexpr int kMergedChunks = kStages * kTileBytes / (16 * kComputeThreads) / 8 * 8;
+  static constexpr int kLogFactors = 9, kFactors = 1 << kLogFactors;
+  static_assert(kMergedChunks > 0 && 16 * kFactors == kDecodeWarps * kPBytes);
+  __device__ float4* factors() const { return reinterpret_cast<float4*>(base + kP); }
   // Rows of a unit: q; with kRope, behind those of the group: k, v, cosines and sines of the token.
   __device__ uint32_t q(int unit) const { return address + kQ + unit * kMmaRows * kQRow; }
   template <typename Element>
@@ -78,8 +82,8 @@ struct Memory {
   // Row maxima of the four tiles, [row].
   __device__ float4* tops() const { return reinterpret_cast<float4*>(base + kTops); }
   __device__ Work& work(int unit) const { return reinterpret_cast<Work*>(base + kWork)[unit]; }
-  // The part that was counted last, if it was the last of its result; else its item is -1.
-  __device__ Work& merge() const { return *reinterpret_cast<Work*>(base + kMerge); }
+  // What is to be merged of the result of the part that was counted last.
+  __device__ Share& share() const { return *reinterpret_cast<Share*>(base + kMerge); }
 
   __device__ uint32_t barrier(int i) const { return address + kBarriers + 8 * i; }
   __device__ uint32_t full(int stage) const { return barrier(stage); }
@@ -121,6 +125,7 @@ __device__ __forceinline__ Work broadcast(const Work& w, int lane) {
           get(w.first_item),
           get(w.is_whole),
           -1,
+          0,
           0};
 }
 
@@ -224,7 +229,14 @@ class Copier {
         w.tile_begin = w.tile_end = 0;
       }
       todo &= todo - 1;
-      w.is_last = unit >= end && todo == 0 && !w.is_part() ? 1 : 0;
+      const bool is_last = unit >= end && todo == 0;
+      w.is_last = is_last && !w.is_part() ? 1 : 0;
+      // Where each thread has one piece of few chunks, others would not be sooner.
+      w.joins = is_last && ranges && w.is_part() &&
+                        (w.num_chunks > kManyChunks ||
+                         w.rows_of_tile(p_.group) * (D / 4) > kComputeThreads)
+                    ? 1
+                    : 0;
       copy(w);
       has_more = has_more && w.is_last == 0;
     }
@@ -356,20 +368,75 @@ class Copier {
 
 // -- The warp that counts -------------------------------------------------------------------------
 
+// Of a counter, beside the chunks that are done: CTAs that have joined the merge, of which those
+// that have left the counter alone, and whether the last CTA to count merges alone.
+constexpr DecodeCounter kJoined = 1ull << 32, kLeft = 1ull << 48, kAlone = 1ull << 63;
+__device__ __forceinline__ int joined(DecodeCounter all) {
+  return static_cast<int>(all >> 32 & 0xffff);
+}
+__device__ __forceinline__ int left(DecodeCounter all) {
+  return static_cast<int>(all >> 48 & 0x7fff);
+}
+
+// Counts a part, and finds out which share of the merge is this CTA's. One whose part is its last
+// piece of work joins with it, and waits for the others' chunks: from then on who has joined stays
+// the same, and each has a share. Where none has joined, the last CTA to count has all.
+//
+// Nobody waits for long: who waits has counted all its parts, so others wait for nothing that it
+// has still to do, and all CTAs of the grid fit onto the card at once. If they do not, for a
+// neighbour has its room or its shared memory, those that wait may be what the others wait for: so
+// who has waited for milliseconds says (before the last chunk is counted, or not at all) that the
+// last CTA to count merges alone, and all others go.
+//
+// The counter becomes zero, as it was found, when nobody will look at it who must find more than
+// that there is nothing to do.
+template <typename C, int D>
+__device__ __forceinline__ void count_part(const DecodeParams& p, const Work& w, Share& share,
+                                           uint32_t counted) {
+  constexpr int kPatience = 4096;  // looks, of 0.6 us or more
+  constexpr int kOfLine = 8;       // pieces: 128 bytes
+  DecodeCounter* const counter = counter_of(p, w);
+  DecodeCounter all = count_chunks(counter, w, w.joins != 0 ? kJoined : 0);
+  const bool was_last = chunks_done(all) == w.num_chunks;
+  const int index = joined(all) - 1;
+  const int lines = w.rows_of_tile(p.group) * (D / 4 / kOfLine);
+  static_cast<Work&>(share) = w;
+  for (int looks = 0; w.joins != 0 && (all & kAlone) == 0 && chunks_done(all) != 0 &&
+                      chunks_done(all) != w.num_chunks;
+       ++looks) {
+    if (looks < kPatience) {
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(all) : "l"(counter) : "memory");
+    } else {  // what was there before; next time round, with this if it came in between
+      asm volatile("atom.cas.acq_rel.gpu.global.b64 %0, [%1], %2, %3;"
+                   : "=l"(all)
+                   : "l"(counter), "l"(all), "l"(all | kAlone)
+                   : "memory");
+    }
+  }
+  const bool is_shared = joined(all) > 0 && (all & kAlone) == 0;
+  const bool merges = is_shared ? w.joins != 0 : was_last;
+  // Shares are as many as the largest power of two among those who have joined, for divisions are
+  // slow; the others have none.
+  const int log_shares = is_shared ? 31 - __clz(joined(all)) : 0, i = is_shared ? index : 0;
+  share.begin = kOfLine * min(lines, lines * i >> log_shares);
+  share.end = merges ? kOfLine * min(lines, lines * (i + 1) >> log_shares) : share.begin;
+  arrive(counted);
+  if (!merges) return;
+  if (!is_shared || left(atomicAdd(counter, kLeft)) + 1 == joined(all)) *counter = 0;
+}
+
 template <typename C, int D>
 __device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
   uint32_t phase = 0;
   for (Place unit;; unit.advance(kDecodeUnits)) {
     wait(memory.unit_full(unit.stage), unit.phase);
-    Work w = memory.work(unit.stage);
+    const Work w = memory.work(unit.stage);
     arrive(memory.unit_empty(unit.stage));
     if (w.item < 0 || w.is_last != 0) return;
     if (!w.is_part()) continue;
     wait(memory.part_written(), phase);
     phase ^= 1;
-    if (!count_part(p, w)) w.item = -1;
-    memory.merge() = w;
-    arrive(memory.part_counted());
+    count_part<C, D>(p, w, memory.share(), memory.part_counted());
   }
 }
 
@@ -419,108 +486,123 @@ class Computer {
     asm volatile("bar.sync 1, %0;" ::"n"(kComputeThreads) : "memory");
   }
 
-  // The part that was written before is counted by now; was it the last, all are merged. is_end: no
-  // more tiles come, so that the ring is free.
+  // The part that was written before is counted by now; what this CTA has of the merge is done.
+  // is_end: no more tiles come, so that the ring is free.
   __device__ __forceinline__ void finish_part(bool is_end) {
-    constexpr int kMany = 24;  // with 16 it is slower, with 50 faster
     wait(memory_.part_counted(), counted_phase_);
     counted_phase_ ^= 1;
-    const Work& w = memory_.merge();
-    if (w.item < 0) return;
-    if (is_end && w.num_chunks > kMany) {
-      const int rows = w.rows_of_tile(p_.group);
-      for (int row = 0; row < rows; row += Memory<C, D>::kMergedRows)
-        merge_many(w, row, min(rows - row, Memory<C, D>::kMergedRows));
+    const Share& w = memory_.share();
+    if (is_end && w.num_chunks > kManyChunks) {
+#pragma unroll 1
+      for (int from = w.begin; from < w.end; from += kComputeThreads) merge_many(w, from);
     } else {
-      merge_partials<T, D, 8>(p_, w);
+      merge_partials<T, D, 8>(p_, w, w.begin, w.end);
     }
   }
 
-  // All chunks, ascending, of `rows` rows from `row` on: as merge_partials(), with the bits of it.
-  // A warp a row first makes the factors, a lane a chunk, which go where P was; so four columns of
-  // a chunk take a thread nine operations. Sums come where the ring was, kMergedParts ahead; a
-  // thread copies what it will read.
-  __device__ __forceinline__ void merge_many(const Work& w, int row, int rows) {
+  // All chunks, ascending, of the share's pieces from `from` on, one a thread: as merge_partials(),
+  // with the bits of it. Sums come where the ring was, as many chunks at a time as have room there.
+  // Meanwhile a warp a row makes the factors, which go where P was; so a chunk takes the thread of
+  // a piece nine operations. In powers of two, for divisions are slow.
+  __device__ __forceinline__ void merge_many(const Share& w, int from) {
     using M = Memory<C, D>;
-    constexpr int kGroup = 8, kGroups = M::kMergedParts / kGroup, kVectors = D / 4;
-    constexpr int kRowsOfWarp = (M::kMergedRows + kDecodeWarps - 1) / kDecodeWarps;
+    constexpr int kUnroll = 8, kVectors = D / 4;
     const int chunks = w.num_chunks;  // or it is read again and again
-    const int first = w.row_tile * kMmaRows + row;
-    const int64_t at = partial_row(p_, w, first);
+    const int pieces = min(w.end - from, kComputeThreads), row = from / kVectors;
+    const int rows = (from + pieces - 1) / kVectors - row + 1;
+    const int log_width = 32 - __clz(pieces - 1), log_rows = 32 - __clz(rows - 1);
+    const int room = min(M::kMergedChunks << (kLogThreads - log_width), M::kFactors >> log_rows);
+    const int step = kComputeThreads >> log_width, i = threadIdx.x;
+    const int of_step = i >> log_width, copied = i - (of_step << log_width);
     const int64_t stride = int64_t{p_.partial_rows} * (D + 2);  // from chunk to chunk
+    const int64_t tile_row = partial_row(p_, w, w.row_tile * kMmaRows);
     const float* const begin = p_.partial(w.first_item + w.first_chunk);
-    const int i = threadIdx.x, of_row = i / kVectors, vector = i - of_row * kVectors;
-    const bool has_row = of_row < rows;
-    int copied = 0, slot = 0;
-    const float* from = begin + 2 * p_.partial_rows + at * D + 4 * i;
-    const auto fetch = [&] {  // zeros behind the last one
+    const float* ml_row = begin + 2 * (tile_row + row);
+    const float* sums_row = begin + 2 * p_.partial_rows + tile_row * D + 4 * (from + copied);
+    float l = 0, a[4] = {};
+#pragma unroll 1
+    for (int base = 0; base < chunks; base += room) {
+      const int count = min(room, chunks - base);
+      const int padded = (count + kUnroll - 1) / kUnroll * kUnroll;  // with zeros
+      sync();  // all are done with what lies there
+      const float* sums = sums_row + (base + of_step) * stride;
+      uint32_t to = memory_.tile(0) + 16 * i;
 #pragma unroll 4
-      for (int j = 0; j < kGroup; ++j) {
-        if (has_row)
-          cp_async16(memory_.tile(0) + (slot + j) * M::kMergedBytes + 16 * i, from,
-                     copied < chunks);
-        from += stride;
-        ++copied;
+      for (int j = of_step; j < padded; j += step) {
+        if (copied < pieces) cp_async16(to, sums, j < count);
+        sums += step * stride;
+        to += 16 * kComputeThreads;
       }
       cp_async_commit();
-      slot = slot + kGroup == M::kMergedParts ? 0 : slot + kGroup;
-    };
-    sync();  // all are done with the ring
 #pragma unroll 1
-    for (int g = 0; g < kGroups; ++g) fetch();
-    float l = 0, a[4] = {}, tops[kRowsOfWarp];
-#pragma unroll
-    for (float& top : tops) top = -INFINITY;
-#pragma unroll 1
-    for (int base = 0; base < chunks; base += M::kFactors) {
-      const int count = min(M::kFactors, chunks - base);
-      const int padded = (count + kGroup - 1) / kGroup * kGroup;
-      if (base > 0) sync();  // all are done with the factors before
-#pragma unroll
-      for (int k = 0; k < kRowsOfWarp; ++k) {
-        const int r = warp_ + k * kDecodeWarps;
-        if (r >= rows) break;
-#pragma unroll 1
-        for (int j = lane_; j < (padded + 31) / 32 * 32; j += 32) {
-          float2 ml{-INFINITY, 0};
-          if (j < count)
-            ml = __ldcg(reinterpret_cast<const float2*>(begin + (base + j) * stride) + at + r);
-          float top = fmaxf(tops[k], ml.x);  // of this chunk and those before it
-#pragma unroll
-          for (int apart = 1; apart < 32; apart *= 2) {
-            const float theirs = __shfl_up_sync(kAll, top, apart);
-            if (lane_ >= apart) top = fmaxf(top, theirs);
-          }
-          const float others = __shfl_up_sync(kAll, top, 1), before = lane_ == 0 ? tops[k] : others;
-          tops[k] = __shfl_sync(kAll, top, 31);
-          // To add -0 changes nothing.
-          const float safe = safe_max(top),
-                      factor = j < count ? rescale(ml.x, safe, p_.scale.c) : -0.0f;
-          if (j < padded)
-            memory_.factors(r)[j] = {rescale(before, safe, p_.scale.c), factor,
-                                     __fmul_rn(ml.y, factor), 0};
-        }
-      }
+      for (int r = warp_; r < rows; r += kDecodeWarps)
+        make_factors(ml_row + base * stride + 2 * r, stride, count, padded,
+                     memory_.factors() + (r << (M::kLogFactors - log_rows)),
+                     reinterpret_cast<float*>(memory_.tops())[r], base == 0);
+      cp_async_wait<0>();
       sync();
-      const float4* factors = memory_.factors(has_row ? of_row : 0);
-      const float4* sums = reinterpret_cast<const float4*>(memory_.base) + i;
+      if (i >= pieces) continue;
+      const float4* f =
+          memory_.factors() + (((from + i) / kVectors - row) << (M::kLogFactors - log_rows));
+      const float4* s = reinterpret_cast<const float4*>(memory_.base) + i;
 #pragma unroll 1
-      for (int j = 0; j < padded; j += kGroup) {
-        cp_async_wait<kGroups - 1>();
+      for (int j = 0; j < padded; j += kUnroll)
 #pragma unroll
-        for (int k = 0; k < kGroup; ++k) {
-          if (!has_row) break;
-          const float4 f = factors[j + k], s = sums[(slot + k) * (M::kMergedBytes / 16)];
-          const float o[4] = {s.x, s.y, s.z, s.w};
-          l = __fmaf_rn(l, f.x, f.z);
+        for (int k = 0; k < kUnroll; ++k, ++f, s += 1 << log_width) {
+          const float o[4] = {s->x, s->y, s->z, s->w};
+          l = __fmaf_rn(l, f->x, f->z);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) a[e] = merge_sum(a[e], o[e], {f.x, f.y});
+          for (int e = 0; e < 4; ++e) a[e] = merge_sum(a[e], o[e], {f->x, f->y});
         }
-        fetch();
+    }
+    if (i >= pieces) return;
+    const int merged = (from + i) / kVectors, vector = from + i - merged * kVectors;
+    write_merged(p_, out_row<T>(p_, w, w.row_tile * kMmaRows + merged) + 4 * vector, l, a);
+  }
+
+  // A row's, for a warp: what the chunks before are worth under the maximum that a chunk may move,
+  // what it is, and its l under that. A lane has kOfLane neighbours, so that most rows need one
+  // round of loads. `carried`: the maximum so far.
+  __device__ __forceinline__ void make_factors(const float* ml_row, int64_t stride, int count,
+                                               int padded, float4* factors, float& carried,
+                                               bool is_first) const {
+    constexpr int kOfLane = 4;
+    float top = is_first ? -INFINITY : carried;
+#pragma unroll 1
+    for (int first = 0; first < padded; first += 32 * kOfLane) {
+      const int mine = first + kOfLane * lane_;
+      const float* from = ml_row + mine * stride;
+      float2 ml[kOfLane];
+      float local = -INFINITY;
+#pragma unroll
+      for (int k = 0; k < kOfLane; ++k) {
+        ml[k] = {-INFINITY, 0};
+        if (mine + k < count) ml[k] = __ldcg(reinterpret_cast<const float2*>(from));
+        from += stride;
+      }
+#pragma unroll
+      for (int k = 0; k < kOfLane; ++k) local = fmaxf(local, ml[k].x);
+#pragma unroll
+      for (int apart = 1; apart < 32; apart *= 2) {
+        const float theirs = __shfl_up_sync(kAll, local, apart);
+        if (lane_ >= apart) local = fmaxf(local, theirs);
+      }
+      const float others = __shfl_up_sync(kAll, local, 1);
+      float before = lane_ == 0 ? top : fmaxf(top, others);
+      top = fmaxf(top, __shfl_sync(kAll, local, 31));
+#pragma unroll
+      for (int k = 0; k < kOfLane; ++k) {
+        const float now = fmaxf(before, ml[k].x), safe = safe_max(now);
+        // To add -0 changes nothing.
+        const float factor = mine + k < count ? rescale(ml[k].x, safe, p_.scale.c) : -0.0f;
+        if (mine + k < padded)
+          factors[mine + k] = {rescale(before, safe, p_.scale.c), factor,
+                               __fmul_rn(ml[k].y, factor), 0};
+        before = now;
       }
     }
-    cp_async_wait<0>();
-    if (has_row) write_merged(p_, out_row<T>(p_, w, first + of_row) + 4 * vector, l, a);
+    if (lane_ == 0) carried = top;
+    __syncwarp();
   }
 
   // The unit's q, as it came, becomes what it is multiplied as.

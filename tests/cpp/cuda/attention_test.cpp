@@ -208,7 +208,7 @@ class Scene {
     const size_t counter_bytes = bytes(0), partial_bytes = bytes(max_items) - counter_bytes;
     DeviceBytes workspace(counter_bytes + partial_bytes);
     const auto counters = static_cast<size_t>(num_seqs * shape_.heads);
-    check_device(cudaMemset(workspace.data(), 0, counters * sizeof(int32_t)));
+    check_device(cudaMemset(workspace.data(), 0, counters * sizeof(uint64_t)));
     // Several times, then with the kernel of older cards: each finds the counters as the last one
     // left them, and nothing that it may read.
     std::vector<float> first;
@@ -222,8 +222,8 @@ class Scene {
       if (i == 0) first = rows;
       EXPECT_TRUE(same_bits(first, rows)) << (i < repeats ? "again" : "the kernel of older cards")
                                           << ": " << differences(first, rows, cols);
-      std::vector<int32_t> left(counters, -1);
-      workspace.download(left.data(), counters * sizeof(int32_t));
+      std::vector<uint64_t> left(counters, 1);
+      workspace.download(left.data(), counters * sizeof(uint64_t));
       EXPECT_EQ(std::count(left.begin(), left.end(), 0), static_cast<int64_t>(counters));
     }
     EXPECT_TRUE(workspace.intact());
@@ -670,6 +670,33 @@ TEST_P(CudaAttentionManyParts, AreMerged) {
   }
 }
 INSTANTIATE_TEST_SUITE_P(HeadDims, CudaAttentionManyParts, testing::Values(64, 96, 128, 256),
+                         testing::PrintToStringParamName());
+
+// The fewer sequences, the more blocks have a part of a result and share its merge. Many chunks and
+// few, one row tile and several, and blocks whose last part is not their only one.
+class CudaAttentionSharedMerges : public testing::TestWithParam<int32_t> {};
+
+TEST_P(CudaAttentionSharedMerges, HaveTheBitsOfWholeSequences) {
+  for (const auto& [group, kv_heads, d, fp8, rows] : {std::tuple{4, 2, 128, false, 1},
+                                                      {1, 3, 96, false, 4},
+                                                      {16, 1, 64, true, 3},
+                                                      {5, 2, 256, false, 2},
+                                                      {12, 1, 96, true, 1},
+                                                      {3, 1, 128, true, 4}}) {
+    const Shape shape{group * kv_heads, kv_heads, d, DType::bf16, fp8, 16, 0, 0};
+    SCOPED_TRACE(testing::Message() << shape);
+    Scene scene(shape, {9000}, 13);
+    std::vector<Piece> pieces;
+    for (int32_t i = 0; i < GetParam(); ++i)
+      pieces.push_back(
+          {0, i % 3 == 2 ? 4000 - 37 * (i % 64) : 9000 - 41 * (i % 64), 1 + (rows - 1 + i) % rows});
+    const std::vector<float> want = scene.run(pieces, Path::whole);
+    scene.repeats = 4;  // whoever counts last
+    EXPECT_TRUE(same_bits(want, scene.run(pieces, Path::chunks)));
+    if (HasFailure()) return;
+  }
+}
+INSTANTIATE_TEST_SUITE_P(Sequences, CudaAttentionSharedMerges, testing::Values(1, 3, 12, 60),
                          testing::PrintToStringParamName());
 
 // Whichever block is the last of a result, and whatever was in shared memory before.

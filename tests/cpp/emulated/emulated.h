@@ -1,8 +1,10 @@
 // CUDA kernels on the CPU, so that their tests run where there is no card: what translate.py makes
 // of them is compiled by the host compiler, with this header before all else. A block's threads are
 // fibers that take turns, in an order of chance, where they wait for each other; blocks run one
-// after the other. It shows what a kernel computes and touches, and some races: those in which
-// somebody runs ahead for lack of a barrier. Of its speed it shows nothing.
+// after the other, but for those that look at what others count (ld.acquire, atom.add.acq_rel):
+// there others may run in between, as many as the card holds. It shows what a kernel computes and
+// touches, and some races: those in which somebody runs ahead for lack of a barrier. Of its speed
+// it shows nothing.
 //
 // Not as on a card: copies happen when they are asked for; the tensor core rounds 16 products and
 // the sum so far once; special functions are exact; __shared__ variables keep what the block before
@@ -87,6 +89,10 @@ inline int lane() {
   return static_cast<int>((threadIdx.x + blockDim.x * threadIdx.y) % 32);
 }
 void yield();
+// … and perhaps other blocks, of which kMaxResident are on their way at most.
+inline constexpr int kMaxResident = 16;
+void yield_to_blocks();
+int resident();  // which of them this is
 void synchronise_block();
 // At a barrier of so many threads; without waiting for the others.
 void synchronise(int barrier, int threads);

@@ -76,12 +76,12 @@ struct Matrices {
   double a[16][16], b[8][16];
 
   static Matrices& of_warp() {  // others may still read those of the product before
-    static Matrices all[32][2];
-    static bool turn[32][32];
+    static Matrices all[kMaxResident][32][2];
+    static bool turn[kMaxResident][32][32];
     const unsigned warp = (threadIdx.x + blockDim.x * threadIdx.y) / 32;
-    bool& mine = turn[warp][lane()];
+    bool& mine = turn[resident()][warp][lane()];
     mine = !mine;
-    return all[warp][mine ? 1 : 0];
+    return all[resident()][warp][mine ? 1 : 0];
   }
   void set_a(const Call& c, size_t first, bool is_bf16) {
     for (int i = 0; i < 8; ++i)
@@ -302,9 +302,20 @@ void copy_bytes(const Call& c) {
 // -- All of them ----------------------------------------------------------------------------------
 
 void add_atomically(const Call& c) {
-  auto* at = c.value<int32_t*>(1);
+  yield_to_blocks();
+  auto* at = c.value<uint64_t*>(1);
   c.set(0, *at);
-  *at += c.value<int32_t>(2);
+  *at += c.value<uint64_t>(2);
+}
+void compare_and_swap(const Call& c) {
+  auto* at = c.value<uint64_t*>(1);
+  const uint64_t before = *at;
+  if (before == c.value<uint64_t>(2)) *at = c.value<uint64_t>(3);
+  c.set(0, before);
+}
+void load_what_others_write(const Call& c) {
+  yield_to_blocks();
+  c.set(0, *c.value<const uint64_t*>(1));
 }
 
 using Instruction = void (*)(const Call&);
@@ -324,7 +335,9 @@ Instruction find(std::string_view text) {
       {"cp.async.commit_group", [](const Call&) {}},
       {"cp.async.wait_group", [](const Call&) {}},
       {"add.s64", [](const Call& c) { c.set(0, c.value<int64_t>(0) + c.value<int64_t>(1)); }},
-      {"atom.add.release", add_atomically},
+      {"atom.add.acq_rel.gpu.global.u64", add_atomically},
+      {"atom.cas.acq_rel.gpu.global.b64", compare_and_swap},
+      {"ld.acquire.gpu.global.u64", load_what_others_write},
       {"fence.", [](const Call&) {}},
       {"mbarrier.", use_barrier},
       {"createpolicy.", [](const Call& c) { c.set(0, uint64_t{0}); }},
