@@ -260,6 +260,13 @@ __device__ __forceinline__ const Element* step_pointer(const Element* at, int64_
   return at;
 }
 
+// Opaque, or what is made of it stays in registers from one piece of work to the next.
+__device__ __forceinline__ int opaque_thread() {
+  int thread = threadIdx.x;
+  asm volatile("" : "+r"(thread));
+  return thread;
+}
+
 // Four columns of a row, all of whose chunks are in l and a.
 template <typename T>
 __device__ __forceinline__ void write_merged(const DecodeParams& p, T* to, float l,
@@ -278,7 +285,7 @@ __device__ __forceinline__ void merge_partials(const DecodeParams& p, const Work
                                                int end) {
   constexpr int kVectors = D / 4;
   const int64_t stride = int64_t{p.partial_rows} * (D + 2) * 4;  // bytes from chunk to chunk
-  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += 32 * kDecodeWarps) {
+  for (int i = begin + opaque_thread(); i < end; i += 32 * kDecodeWarps) {
     const int packed = w.row_tile * kMmaRows + i / kVectors, vector = i % kVectors;
     const float* partial = p.partial(w.first_item + w.first_chunk);
     const float2* ml = reinterpret_cast<const float2*>(partial) + partial_row(p, w, packed);

@@ -442,6 +442,49 @@ __device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
 
 // -- The warps that compute -----------------------------------------------------------------------
 
+// (m, l) of a row's next chunks, a few neighbours a lane, so that one round of loads is enough for
+// most rows.
+struct Tops {
+  static constexpr int kOfLane = 2, kChunks = 32 * kOfLane;
+  float2 ml[kOfLane];
+
+  __device__ __forceinline__ void load(const float* from, int stride, int count, int lane) {
+    from += int64_t{kOfLane * lane} * stride;
+#pragma unroll
+    for (int k = 0; k < kOfLane; ++k) {
+      ml[k] = {-INFINITY, 0};
+      if (kOfLane * lane + k < count) ml[k] = __ldcg(reinterpret_cast<const float2*>(from));
+      from += stride;
+    }
+  }
+  // What the chunks before are worth under the maximum that a chunk may move, what it is, and its l
+  // under that; behind the last one, what changes nothing. The maximum is `top` before and returned
+  // after.
+  __device__ __forceinline__ float make_factors(float top, int count, int padded, float4* to,
+                                                float c, int lane) const {
+    float all = ml[0].x;
+#pragma unroll
+    for (int k = 1; k < kOfLane; ++k) all = fmaxf(all, ml[k].x);
+#pragma unroll
+    for (int apart = 1; apart < 32; apart *= 2) {
+      const float theirs = __shfl_up_sync(kAll, all, apart);
+      if (lane >= apart) all = fmaxf(all, theirs);
+    }
+    const float others = __shfl_up_sync(kAll, all, 1);
+    float before = lane == 0 ? top : fmaxf(top, others);
+#pragma unroll
+    for (int k = 0; k < kOfLane; ++k) {
+      const int chunk = kOfLane * lane + k;
+      const float now = fmaxf(before, ml[k].x), safe = safe_max(now);
+      const float factor = chunk < count ? rescale(ml[k].x, safe, c) : -0.0f;  // x + -0 is x
+      if (chunk < padded)
+        to[chunk] = {rescale(before, safe, c), factor, __fmul_rn(ml[k].y, factor), 0};
+      before = now;
+    }
+    return fmaxf(top, __shfl_sync(kAll, all, 31));
+  }
+};
+
 template <typename T, typename C, int D, bool kRope>
 class Computer {
  public:
@@ -502,8 +545,8 @@ class Computer {
 
   // All chunks, ascending, of the share's pieces from `from` on, one a thread: as merge_partials(),
   // with the bits of it. Sums come where the ring was, as many chunks at a time as have room there.
-  // Meanwhile a warp a row makes the factors, which go where P was; so a chunk takes the thread of
-  // a piece nine operations. In powers of two, for divisions are slow.
+  // Meanwhile a warp a row makes the factors (Tops), which go where P was; so a chunk takes the
+  // thread of a piece nine operations. In powers of two, for divisions are slow.
   __device__ __forceinline__ void merge_many(const Share& w, int from) {
     using M = Memory<C, D>;
     constexpr int kUnroll = 8, kVectors = D / 4;
@@ -512,33 +555,54 @@ class Computer {
     const int rows = (from + pieces - 1) / kVectors - row + 1;
     const int log_width = 32 - __clz(pieces - 1), log_rows = 32 - __clz(rows - 1);
     const int room = min(M::kMergedChunks << (kLogThreads - log_width), M::kFactors >> log_rows);
-    const int step = kComputeThreads >> log_width, i = threadIdx.x;
+    const int lane = opaque_lane(), i = 32 * warp_ + lane;
+    const int step = kComputeThreads >> log_width;
     const int of_step = i >> log_width, copied = i - (of_step << log_width);
-    const int64_t stride = int64_t{p_.partial_rows} * (D + 2);  // from chunk to chunk
-    const int64_t tile_row = partial_row(p_, w, w.row_tile * kMmaRows);
-    const float* const begin = p_.partial(w.first_item + w.first_chunk);
-    const float* ml_row = begin + 2 * (tile_row + row);
-    const float* sums_row = begin + 2 * p_.partial_rows + tile_row * D + 4 * (from + copied);
+    const int stride = p_.partial_rows * (D + 2);  // from chunk to chunk; in a chunk:
+    const int tile_row = static_cast<int>(partial_row(p_, w, w.row_tile * kMmaRows));
+    const int ml_at = 2 * (tile_row + row);
+    const int sums_at = 2 * p_.partial_rows + tile_row * D + 4 * (from + copied);
     float l = 0, a[4] = {};
 #pragma unroll 1
     for (int base = 0; base < chunks; base += room) {
       const int count = min(room, chunks - base);
       const int padded = (count + kUnroll - 1) / kUnroll * kUnroll;  // with zeros
       sync();  // all are done with what lies there
-      const float* sums = sums_row + (base + of_step) * stride;
-      uint32_t to = memory_.tile(0) + 16 * i;
-#pragma unroll 4
-      for (int j = of_step; j < padded; j += step) {
-        if (copied < pieces) cp_async16(to, sums, j < count);
-        sums += step * stride;
-        to += 16 * kComputeThreads;
-      }
-      cp_async_commit();
+      const float* const begin = p_.partial(w.first_item + w.first_chunk + base);
+      // A warp's row, and the first of the chunks that its lanes have. What the factors are made of
+      // comes before the sums, but only the first of it.
 #pragma unroll 1
-      for (int r = warp_; r < rows; r += kDecodeWarps)
-        make_factors(ml_row + base * stride + 2 * r, stride, count, padded,
-                     memory_.factors() + (r << (M::kLogFactors - log_rows)),
-                     reinterpret_cast<float*>(memory_.tops())[r], base == 0);
+      for (int r = warp_, first = 0, is_copied = 0;;) {
+        Tops tops;
+        if (r < rows)
+          tops.load(begin + int64_t{first} * stride + ml_at + 2 * r, stride, count - first, lane);
+        if (is_copied == 0) {
+          const float* sums = begin + int64_t{of_step} * stride + sums_at;
+          uint32_t to = memory_.tile(0) + 16 * i;
+#pragma unroll 4
+          for (int j = of_step; j < padded; j += step) {
+            if (copied < pieces) cp_async16(to, sums, j < count);
+            sums += int64_t{step} * stride;
+            to += 16 * kComputeThreads;
+          }
+          cp_async_commit();
+          is_copied = 1;
+        }
+        if (r >= rows) break;
+        float& top = reinterpret_cast<float*>(memory_.tops())[r];
+        const float before = base + first == 0 ? -INFINITY : top;
+        const float moved = tops.make_factors(
+            before, count - first, padded - first,
+            memory_.factors() + (r << (M::kLogFactors - log_rows)) + first, p_.scale.c, lane);
+        __syncwarp();  // all have read it
+        if (lane == 0) top = moved;
+        __syncwarp();
+        first += Tops::kChunks;
+        if (first >= padded) {
+          first = 0;
+          r += kDecodeWarps;
+        }
+      }
       cp_async_wait<0>();
       sync();
       if (i >= pieces) continue;
@@ -558,51 +622,6 @@ class Computer {
     if (i >= pieces) return;
     const int merged = (from + i) / kVectors, vector = from + i - merged * kVectors;
     write_merged(p_, out_row<T>(p_, w, w.row_tile * kMmaRows + merged) + 4 * vector, l, a);
-  }
-
-  // A row's, for a warp: what the chunks before are worth under the maximum that a chunk may move,
-  // what it is, and its l under that. A lane has kOfLane neighbours, so that most rows need one
-  // round of loads. `carried`: the maximum so far.
-  __device__ __forceinline__ void make_factors(const float* ml_row, int64_t stride, int count,
-                                               int padded, float4* factors, float& carried,
-                                               bool is_first) const {
-    constexpr int kOfLane = 4;
-    float top = is_first ? -INFINITY : carried;
-#pragma unroll 1
-    for (int first = 0; first < padded; first += 32 * kOfLane) {
-      const int mine = first + kOfLane * lane_;
-      const float* from = ml_row + mine * stride;
-      float2 ml[kOfLane];
-      float local = -INFINITY;
-#pragma unroll
-      for (int k = 0; k < kOfLane; ++k) {
-        ml[k] = {-INFINITY, 0};
-        if (mine + k < count) ml[k] = __ldcg(reinterpret_cast<const float2*>(from));
-        from += stride;
-      }
-#pragma unroll
-      for (int k = 0; k < kOfLane; ++k) local = fmaxf(local, ml[k].x);
-#pragma unroll
-      for (int apart = 1; apart < 32; apart *= 2) {
-        const float theirs = __shfl_up_sync(kAll, local, apart);
-        if (lane_ >= apart) local = fmaxf(local, theirs);
-      }
-      const float others = __shfl_up_sync(kAll, local, 1);
-      float before = lane_ == 0 ? top : fmaxf(top, others);
-      top = fmaxf(top, __shfl_sync(kAll, local, 31));
-#pragma unroll
-      for (int k = 0; k < kOfLane; ++k) {
-        const float now = fmaxf(before, ml[k].x), safe = safe_max(now);
-        // To add -0 changes nothing.
-        const float factor = mine + k < count ? rescale(ml[k].x, safe, p_.scale.c) : -0.0f;
-        if (mine + k < padded)
-          factors[mine + k] = {rescale(before, safe, p_.scale.c), factor,
-                               __fmul_rn(ml[k].y, factor), 0};
-        before = now;
-      }
-    }
-    if (lane_ == 0) carried = top;
-    __syncwarp();
   }
 
   // The unit's q, as it came, becomes what it is multiplied as.
