@@ -36,6 +36,7 @@ CUtensorMap make_tensor_map(const char* what, DType dtype, const void* data,
   check_arg(row_bytes == 128 || row_bytes == 64 || row_bytes == 32, what, ": boxes of ", row_bytes,
             " bytes; 128, 64 and 32 can be copied");
   CUtensorMap map;
+  // Promotion to 256 bytes, twice a box's row, takes 4 to 7% longer from memory (docs/kernels.md).
   const CUresult result =
       encode(&map,
              dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
@@ -46,7 +47,7 @@ CUtensorMap make_tensor_map(const char* what, DType dtype, const void* data,
              row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
              : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                : CU_TENSOR_MAP_SWIZZLE_32B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   check_runtime(result == CUDA_SUCCESS, what, ": no tensor map (CUDA error ",
                 static_cast<int>(result), ")");
   return map;
