@@ -87,6 +87,7 @@ struct SkinnySm90Plan {
   static constexpr int kMinStages = 3;
   static constexpr int kStripRows = 8;
   // Of four strips in fp32, in different banks; up to 64 rows for two groups of warps.
+  static constexpr int kF32Tile = 16;
   static constexpr int kF32RowBytes = 4 * kStripRows * 4 + 32;
   // So many that a stage has work enough for the tensor core to do while the next is begun, and no
   // more: what is in flight is the ring without the stages at work.
@@ -121,7 +122,8 @@ inline constexpr int skinny_sm90_rows(int rows) {
   return rows <= 8 ? 8 : rows <= 16 ? 16 : (rows + 63) / 64 * 64;
 }
 
-// f32: of the result; strips come in pairs then, for the units of logits.
+// f32: the result, lm_head's: of the tiles there are pairs of strips (units of logits) and, since
+// it has many, no small ones.
 inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool norm, bool gated,
                                        int num_sms, int max_smem, int smem_per_sm,
                                        bool f32 = false) {
@@ -141,6 +143,7 @@ inline SkinnySm90Plan plan_skinny_sm90(int64_t m, int64_t n, int64_t k, bool nor
     const int64_t waves = (blocks + num_sms - 1) / num_sms;
     for (int tile = kMaxTile; tile >= 1; --tile) {
       if ((gated || f32) && tile % 2 != 0) continue;
+      if (f32 && tile < (m > 16 ? SkinnySm90Plan::kF32Tile : 10)) continue;
       if (m > 16 && !SkinnySm90Plan::is_wide(tile, static_cast<int>(rows))) continue;
       const int64_t tiles = (strips + tile - 1) / tile;
       const auto rounds = static_cast<int>((tiles + sms - 1) / sms);

@@ -49,14 +49,18 @@ __device__ __forceinline__ T add_linear(T result, T before) {
   return from_float<T>(__fadd_rn(as_float(before), as_float(result)));
 }
 template <typename T>
-__device__ __forceinline__ void store_linear(const SkinnyArgs& a, int64_t at, float v, T before) {
-  if (a.out_dtype == DType::f32) {
-    static_cast<float*>(a.out)[at] = v;
-    return;
-  }
+__device__ __forceinline__ void store_16bit(const SkinnyArgs& a, int64_t at, float v, T before) {
   T rounded = round_linear<T>(v);
   if (a.accumulate) rounded = add_linear(rounded, before);
   static_cast<T*>(a.out)[at] = rounded;
+}
+template <typename T>
+__device__ __forceinline__ void store_linear(const SkinnyArgs& a, int64_t at, float v, T before) {
+  if (a.out_dtype == DType::f32) {
+    static_cast<float*>(a.out)[at] = v;
+  } else {
+    store_16bit(a, at, v, before);
+  }
 }
 
 }  // namespace ni::cuda

@@ -18,6 +18,7 @@
 // B, if they stand close; mma.sync takes 24, with the ldmatrix that it needs 36.
 #include <algorithm>
 #include <iterator>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/activation.cuh"
@@ -37,9 +38,10 @@ constexpr int kStripRows = SkinnySm90Plan::kStripRows;
 template <int kRows>
 constexpr int kComputeWarps = kRows > 64 ? kRows / 16 : 4;
 constexpr int kNormWarps = kSkinnyNormWarps;
-template <int kRows>
-constexpr int kMaxGroups = kRows > 64 ? 1 : 2;
-static_assert(kMaxGroups<16> * kComputeWarps<16> >= kNormWarps);
+// Groups of warps that take tiles in turns, so that one makes results while another multiplies: of
+// logits, which have many tiles, and more to do with each.
+template <typename Out, int kRows>
+constexpr int kGroups = std::is_same_v<Out, float> && kRows <= 64 ? 2 : 1;
 
 struct Params {
   SkinnyArgs a;
@@ -47,9 +49,7 @@ struct Params {
   int n, k;                   // of the result (half of W's rows if gated), and of the sum
   int num_tiles, num_stages;  // stages of a tile
   bool vectors;               // out has rows of 16-byte vectors
-  // Groups of warps that take tiles in turns, so that one makes results while another multiplies.
-  int groups;
-  Place tile_stages;  // how much further in the ring the next tile is
+  Place tile_stages;          // how much further in the ring the next tile is
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty and never launched
@@ -332,9 +332,11 @@ __device__ __forceinline__ void normalise(const Params& p, const Memory& memory)
 // A tile's products. Few rows of x are the B operand, and W, in blocks of eight strips, is A. Many
 // (kRows = 64, or up to 256 for as many groups of four warps as have 64 each) are A and kShape
 // strips of W are B: 16 outputs with 64 rows take 20 cycles so, and 33 the other way.
-template <typename T, int kRows, int kShape>
+template <typename T, typename Out, int kRows, int kShape>
 struct Tile {
   static constexpr bool kWide = kRows >= 64;
+  static constexpr bool kIsF32 = std::is_same_v<Out, float>;  // then perhaps with units
+  static constexpr bool kTakesTurns = kGroups<Out, kRows> > 1;
   static constexpr int kBlocks = kWide ? 1 : kShape, kTiles = kWide ? kShape : kRows / 8;
   static constexpr int kAtoms = SkinnySm90Plan::stage_atoms(kRows, kWide ? kTiles : 8 * kBlocks);
 
@@ -348,8 +350,8 @@ struct Tile {
 
   __device__ Tile(const Params& params, const Memory& m, int my_group, int my_warp, int lane)
       : p(params), memory(m), group(my_group), warp(my_warp) {
-    if (group > 0) skip();
-    if (p.a.units.units == nullptr) return;
+    if (kTakesTurns && group > 0) skip();
+    if (!kIsF32 || p.a.units.units == nullptr) return;
     const SamplingRow* rows =
         p.a.units.step->sampling + p.a.units.first + (kWide ? first_row(p) : 0);
 #pragma unroll
@@ -387,7 +389,7 @@ struct Tile {
     int left = plan.stages - uniform(place.stage);  // in the ring
     if (whole && p.a.norm.weight == nullptr) wait(memory.x_full(), 0);
     wait(memory.full(place.stage), place.phase);
-    if constexpr (!kWide) fetch(tile, lane);  // x is there, so somebody has waited
+    if constexpr (!kWide && !kIsF32) fetch(tile, lane);  // x is there, so somebody has waited
     uint32_t before_this = 0;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
@@ -418,7 +420,7 @@ struct Tile {
       w += step;
       if (--left == 0) w = begin, left = plan.stages;
     }
-    if (p.groups > 1 && lane == 0) arrive(memory.turn(group ^ 1));
+    if (kTakesTurns && lane == 0) arrive(memory.turn(group ^ 1));
     wgmma_wait<0>();
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) pin(acc[b]);
@@ -466,23 +468,30 @@ struct Tile {
       });
   }
   __device__ __forceinline__ void store_narrow(int tile, int lane) const {
-    if (!p.a.gated) {
+    if constexpr (kIsF32) {
       for_each(tile, lane, [&](int b, int t, int i, int col, int64_t at) {
-        const auto bits = static_cast<uint16_t>(before[b][t][i]);
-        store_linear<T>(p.a, at, with_bias<T>(p.a, acc[b][t][i], col),
-                        reinterpret_cast<const T&>(bits));
+        static_cast<float*>(p.a.out)[at] = with_bias<T>(p.a, acc[b][t][i], col);
       });
       if (p.a.units.units != nullptr) store_units_narrow(tile, lane);
-      return;
+    } else if (p.a.gated) {
+      store_gated(tile, lane);
+    } else {
+      for_each(tile, lane, [&](int b, int t, int i, int col, int64_t at) {
+        const auto bits = static_cast<uint16_t>(before[b][t][i]);
+        store_16bit<T>(p.a, at, with_bias<T>(p.a, acc[b][t][i], col),
+                       reinterpret_cast<const T&>(bits));
+      });
     }
-    // The gate's strip stands before the other half's.
+  }
+  // The gate's strip stands before the other half's.
+  __device__ __forceinline__ void store_gated(int tile, int lane) const {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int row = 8 * t + lane % 4 * 2 + i % 2, pair = 4 * b + warp;
+          const int row = row_of(t, i, lane), pair = 4 * b + warp;
           const int col = kStripRows * (tile * p.plan.tile / 2 + pair) + lane / 4;
           if (2 * pair >= p.plan.tile || !is_mine(row, col)) continue;
           static_cast<T*>(p.a.out)[place_of(row, col)] =
@@ -543,11 +552,12 @@ struct Tile {
   __device__ __forceinline__ void store_wide(int tile, int lane) {
     if (p.a.bias != nullptr)
       for_each_sum(lane, [&](float& sum, int, int strip, int in_strip) {
-        const int all = tile * kTiles + strip, half = p.a.gated ? all % 2 : 0;
-        const int col = kStripRows * (p.a.gated ? all / 2 : all) + in_strip;
+        const bool with_gate = !kIsF32 && p.a.gated;
+        const int all = tile * kTiles + strip, half = with_gate ? all % 2 : 0;
+        const int col = kStripRows * (with_gate ? all / 2 : all) + in_strip;
         if (col < p.n) sum = with_bias<T>(p.a, sum, half * p.n + col);
       });
-    if (p.a.out_dtype == DType::f32) {
+    if constexpr (kIsF32) {
       if (p.a.units.units != nullptr) store_units_wide(tile, lane);
       return store_f32(tile, lane);
     }
@@ -680,8 +690,9 @@ struct Tile {
 
 #endif
 
-template <typename T, int kRows, int kShape>
-__global__ void __launch_bounds__(32 * (kMaxGroups<kRows> * kComputeWarps<kRows> + 1), 1)
+template <typename T, typename Out, int kRows, int kShape>
+__global__ void __launch_bounds__(
+    32 * ((kRows <= 16 ? kNormWarps : kGroups<Out, kRows> * kComputeWarps<kRows>)+1), 1)
     linear_skinny_sm90_kernel(const __grid_constant__ Params p,
                               const __grid_constant__ CUtensorMap w_map,
                               const __grid_constant__ CUtensorMap x_map) {
@@ -695,7 +706,8 @@ __global__ void __launch_bounds__(32 * (kMaxGroups<kRows> * kComputeWarps<kRows>
       init_barrier(memory.empty(i), kComputeWarps<kRows>);
     }
     init_barrier(memory.x_full(), with_norm && !p.plan.held ? 2 : 1);  // its weights, and x
-    for (int i = 0; i < 2; ++i) init_barrier(memory.turn(i), kComputeWarps<kRows>);
+    if (kGroups<Out, kRows> > 1)
+      for (int i = 0; i < 2; ++i) init_barrier(memory.turn(i), kComputeWarps<kRows>);
     fence_async_proxy();
   }
   __syncthreads();
@@ -712,22 +724,23 @@ __global__ void __launch_bounds__(32 * (kMaxGroups<kRows> * kComputeWarps<kRows>
     } else {
       normalise<T>(p, memory);
     }
-    if (warp >= p.groups * kComputeWarps<kRows>) return;
+    if (warp >= kGroups<Out, kRows> * kComputeWarps<kRows>) return;
   }
-  const int group = kMaxGroups<kRows> > 1 && warp >= kComputeWarps<kRows> ? 1 : 0;
-  Tile<T, kRows, kShape> tile(p, memory, group, warp - group * kComputeWarps<kRows>, lane);
+  constexpr int kTurns = kGroups<Out, kRows>;
+  const int group = kTurns > 1 && warp >= kComputeWarps<kRows> ? 1 : 0;
+  Tile<T, Out, kRows, kShape> tile(p, memory, group, warp - group * kComputeWarps<kRows>, lane);
   uint32_t phase = group ^ 1;  // the first one's turn it is
-  for (int i = blockIdx.x + group * gridDim.x; i < p.num_tiles; i += p.groups * gridDim.x) {
-    if (p.groups > 1) wait(memory.turn(group), phase);
+  for (int i = blockIdx.x + group * gridDim.x; i < p.num_tiles; i += kTurns * gridDim.x) {
+    if (kTurns > 1) wait(memory.turn(group), phase);
     phase ^= 1;
     tile.run(i, lane);
     tile.store(i, lane);
-    if (p.groups > 1) tile.skip();
+    if (kTurns > 1) tile.skip();
   }
 #endif
 }
 
-template <typename T, int kRows, int kShape>
+template <typename T, typename Out, int kRows, int kShape>
 void launch_sm90(const Params& p, cudaStream_t stream) {
   const SkinnyArgs& a = p.a;
   // Of W and x the columns are cut into atoms, so that a box brings several, one after the other;
@@ -748,22 +761,31 @@ void launch_sm90(const Params& p, cudaStream_t stream) {
                             {kAtom, a.rows, p.num_stages * p.plan.atoms})
           : make_tensor_map("linear", a.dtype, a.x, {kAtom, a.rows, atoms},
                             {2 * a.x_stride, 2 * kAtom}, {kAtom, p.plan.rows, p.plan.atoms});
-  const auto kernel = linear_skinny_sm90_kernel<T, kRows, kShape>;
+  const auto kernel = linear_skinny_sm90_kernel<T, Out, kRows, kShape>;
   allow_smem(kernel, static_cast<size_t>(p.plan.smem), "linear_skinny");
   const dim3 grid(static_cast<unsigned>(p.plan.ctas),
                   static_cast<unsigned>((a.rows + p.plan.rows - 1) / p.plan.rows));
-  const int computing = p.groups * kComputeWarps<kRows>;
+  constexpr int computing = kGroups<Out, kRows> * kComputeWarps<kRows>;
   const int warps = (a.norm.weight != nullptr ? std::max(computing, kNormWarps) : computing) + 1;
   launch(kernel, grid, static_cast<unsigned>(32 * warps), static_cast<size_t>(p.plan.smem), stream,
          "linear_skinny", p, w_map, x_map);
 }
 
 template <typename T, int kRows>
+void launch_narrow(const Params& p, cudaStream_t stream) {
+  if (p.a.out_dtype == DType::f32) return launch_sm90<T, float, kRows, 2>(p, stream);
+  return p.plan.tile <= 64 / kStripRows ? launch_sm90<T, T, kRows, 1>(p, stream)
+                                        : launch_sm90<T, T, kRows, 2>(p, stream);
+}
+
+template <typename T, int kRows>
 void launch_wide(const Params& p, cudaStream_t stream) {
+  if (p.a.out_dtype == DType::f32)
+    return launch_sm90<T, float, kRows, SkinnySm90Plan::kF32Tile>(p, stream);
   [&]<size_t... i>(std::index_sequence<i...>) {
     const auto launch_if = [&](auto tile) {
       if constexpr (SkinnySm90Plan::is_wide(tile(), kRows))
-        if (p.plan.tile == tile()) launch_sm90<T, kRows, tile()>(p, stream);
+        if (p.plan.tile == tile()) launch_sm90<T, T, kRows, tile()>(p, stream);
     };
     (launch_if(std::integral_constant<int, SkinnySm90Plan::kWideTiles[i]>{}), ...);
   }(std::make_index_sequence<std::size(SkinnySm90Plan::kWideTiles)>{});
@@ -782,9 +804,6 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
   const auto num_tiles = static_cast<int>(plan.tiles(a.out_features));
   const auto num_stages =
       static_cast<int>((a.in_features + kAtom * plan.atoms - 1) / (kAtom * plan.atoms));
-  // Many rows' results but fp32 are made in the one place there is for them.
-  const bool has_turns =
-      num_tiles > plan.ctas && (a.rows <= 16 || (plan.rows <= 64 && a.out_dtype == DType::f32));
   const Params p{a,
                  plan,
                  static_cast<int>(a.gated ? a.out_features / 2 : a.out_features),
@@ -792,16 +811,14 @@ void linear_skinny_sm90(const SkinnyArgs& a, const Card& card, cudaStream_t stre
                  num_tiles,
                  num_stages,
                  is_vector_aligned(a.out, a.out_stride),
-                 has_turns ? 2 : 1,
                  {num_stages % plan.stages, static_cast<uint32_t>(num_stages / plan.stages % 2)}};
   dispatch_16bit(a.dtype, "linear", [&](auto type) {
     using T = decltype(type);
-    const bool one = plan.tile <= 64 / kStripRows;
     switch (skinny_sm90_rows(plan.rows)) {
       case 8:
-        return one ? launch_sm90<T, 8, 1>(p, stream) : launch_sm90<T, 8, 2>(p, stream);
+        return launch_narrow<T, 8>(p, stream);
       case 16:
-        return one ? launch_sm90<T, 16, 1>(p, stream) : launch_sm90<T, 16, 2>(p, stream);
+        return launch_narrow<T, 16>(p, stream);
       case 64:
         return launch_wide<T, 64>(p, stream);
       case 128:

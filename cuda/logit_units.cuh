@@ -69,4 +69,19 @@ __device__ __forceinline__ LogitUnit logit_unit(const float (&v)[kOwn], float fa
   return {max, mass};
 }
 
+// The same of a unit of which four lanes have four neighbours each; in each of them.
+__device__ __forceinline__ LogitUnit logit_unit(const float4& v, float factor) {
+  constexpr unsigned kAll = 0xffffffffu;
+  float max = fmaxf(fmaxf(fmaxf(-kInf, v.x), v.y), fmaxf(fmaxf(-kInf, v.z), v.w));
+  max = fmaxf(max, __shfl_xor_sync(kAll, max, 1));
+  max = fmaxf(max, __shfl_xor_sync(kAll, max, 2));
+  const Softmax softmax{fmaxf(max, kLowest), factor};
+  float p[4] = {softmax.p_of(fmaxf(v.x, -kInf)), softmax.p_of(fmaxf(v.y, -kInf)),
+                softmax.p_of(fmaxf(v.z, -kInf)), softmax.p_of(fmaxf(v.w, -kInf))};
+#pragma unroll
+  for (float& one : p) one += __shfl_xor_sync(kAll, one, 2);
+  const float half = (p[0] + p[1]) + (p[2] + p[3]);
+  return {max, half + __shfl_xor_sync(kAll, half, 1)};
+}
+
 }  // namespace ni::cuda

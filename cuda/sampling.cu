@@ -57,36 +57,41 @@ __device__ bool is_allowed(const uint32_t* mask, int32_t id) {
 
 // -- segment_kernel -------------------------------------------------------------------------------
 
-// A unit's logits, in the order that logit_unit() wants.
-struct UnitLogits {
-  float v[kUnitLogits];
-
-  // Vectors of four where rows are aligned; -infinity where there are none.
-  __device__ void load(const float* x, int32_t begin, int32_t end) {
-    const bool vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0 && begin + kUnitLogits <= end;
+// Calls f(token, it and its three neighbours, whether they are) for what the thread has of a
+// segment: four lanes have a unit. All on their way at once, as vectors where rows are aligned;
+// -infinity where there are none, and f is called by whole warps.
+template <typename F>
+__device__ void each_four(const float* x, int32_t begin, int32_t end, F f) {
+  constexpr int kBatch = 5;
+  const bool vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const auto warp_begin = static_cast<int32_t>(threadIdx.x / 32 * 128);
+  const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  for (int32_t from = begin + warp_begin; from < end; from += 4 * kBatch * kSegmentThreads) {
+    float4 v[kBatch];
 #pragma unroll
-    for (int c = 0; c < kUnitLogits; c += 4) {
-      float4 four{-kInf, -kInf, -kInf, -kInf};
-      if (vectors) {
-        four = *reinterpret_cast<const float4*>(x + begin + c);
-      } else {
-        if (begin + c < end) four.x = x[begin + c];
-        if (begin + c + 1 < end) four.y = x[begin + c + 1];
-        if (begin + c + 2 < end) four.z = x[begin + c + 2];
-        if (begin + c + 3 < end) four.w = x[begin + c + 3];
+    for (int i = 0; i < kBatch; ++i) {
+      const int32_t at = from + 4 * (i * kSegmentThreads + lane);
+      v[i] = {-kInf, -kInf, -kInf, -kInf};
+      if (vectors && at + 4 <= end) {
+        v[i] = *reinterpret_cast<const float4*>(x + at);
+      } else if (at < end) {
+        v[i].x = x[at];
+        if (at + 1 < end) v[i].y = x[at + 1];
+        if (at + 2 < end) v[i].z = x[at + 2];
+        if (at + 3 < end) v[i].w = x[at + 3];
       }
-      // Bits 3, 0, 1, 2 of the column.
-      const int at = c / 8 * 8 + c / 4 % 2;
-      v[at] = four.x, v[at + 4] = four.y, v[at + 2] = four.z, v[at + 6] = four.w;
     }
-  }
-  __device__ float max() const {
-    float top = -kInf;
 #pragma unroll
-    for (const float one : v) top = fmaxf(top, one);  // not NaN
-    return top;
+    for (int i = 0; i < kBatch; ++i)
+      if (const int32_t at = from + 4 * i * kSegmentThreads; at < end) f(at + 4 * lane, v[i]);
   }
-};
+}
+
+__device__ void store_unit(const Sampler& s, int row, int32_t at, int32_t end, const float4& v,
+                           float factor) {
+  const LogitUnit unit = logit_unit(v, factor);
+  if (at < end && at % kUnitLogits == 0) s.units_of(row)[at / kUnitLogits] = unit;
+}
 
 // z[begin, end) = the logits after bias, mask and penalties. What is masked stays at -infinity (or
 // becomes NaN, which is the same), so the mask may come before the biases.
@@ -119,17 +124,6 @@ __device__ void process(const Sampler& s, const SamplingRow& r, const float* raw
   __syncthreads();
 }
 
-// Calls f(first token, logits) for each of a segment's units.
-template <typename F>
-__device__ void each_unit(const float* x, int32_t begin, int32_t end, F f) {
-  for (int32_t at = begin + kUnitLogits * static_cast<int32_t>(threadIdx.x); at < end;
-       at += kUnitLogits * kSegmentThreads) {
-    UnitLogits logits;
-    logits.load(x, at, end);
-    f(at, logits);
-  }
-}
-
 // Grid: [rows, kSegments]. Units only.
 __global__ void __launch_bounds__(kSegmentThreads) units_kernel(Sampler s) {
   wait_for_previous();
@@ -137,10 +131,9 @@ __global__ void __launch_bounds__(kSegmentThreads) units_kernel(Sampler s) {
   const int row = static_cast<int>(blockIdx.x), segment = static_cast<int>(blockIdx.y);
   if (s.is_padding(row)) return;
   const float factor = softmax_factor(s.step->sampling[s.first + row]);
-  each_unit(s.raw(row), s.begin(segment), s.begin(segment + 1),
-            [&](int32_t at, const UnitLogits& logits) {
-              s.units_of(row)[at / kUnitLogits] = logit_unit<0>(logits.v, factor);
-            });
+  const int32_t end = s.begin(segment + 1);
+  each_four(s.raw(row), s.begin(segment), end,
+            [&](int32_t at, const float4& v) { store_unit(s, row, at, end, v, factor); });
 }
 
 // Grid: [rows, kSegments].
@@ -165,20 +158,24 @@ __global__ void __launch_bounds__(kSegmentThreads, 4) segment_kernel(Sampler s) 
   if (processed) process(s, r, raw, s.copy(row), begin, end);
   const float factor = softmax_factor(r);
   float top = -kInf, raw_top = -kInf;
-  double raw_mass = 0;  // under the thread's own maximum
-  each_unit(raw, begin, end, [&](int32_t at, UnitLogits& logits) {
-    if (scored) {
+  double raw_mass = 0;                                    // under the thread's own maximum
+  const auto add_max = [](float& max, const float4& v) {  // not NaN
+    max = fmaxf(fmaxf(fmaxf(fmaxf(max, v.x), v.y), v.z), v.w);
+  };
+  if (scored)
+    each_four(raw, begin, end, [&](int32_t, const float4& v) {
       const float before = raw_top;
-      raw_top = fmaxf(raw_top, logits.max());
-      const LogitUnit unit = logit_unit<0>(logits.v, 1.0f);
+      add_max(raw_top, v);
       const Softmax softmax{raw_top, 1.0f};
-      raw_mass = raw_mass * static_cast<double>(softmax.p(before)) +
-                 static_cast<double>(unit.mass) * static_cast<double>(softmax.p(unit.max));
-    }
-    if (processed) logits.load(s.copy(row), at, end);
-    if (makes_units) s.units_of(row)[at / kUnitLogits] = logit_unit<0>(logits.v, factor);
-    if (narrowed) top = fmaxf(top, logits.max());
-  });
+      const float sum = (softmax.p(clean(v.x)) + softmax.p(clean(v.y))) +
+                        (softmax.p(clean(v.z)) + softmax.p(clean(v.w)));
+      raw_mass = raw_mass * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
+    });
+  if (narrowed || makes_units)
+    each_four(processed ? s.copy(row) : raw, begin, end, [&](int32_t at, const float4& v) {
+      if (makes_units) store_unit(s, row, at, end, v, factor);
+      add_max(top, v);
+    });
   if (!narrowed && !scored) return;
   const Softmax softmax{value_of(block_reduce(key_of(raw_top), Max{})), 1.0f};
   top = value_of(block_reduce(key_of(top), Max{}));
@@ -482,7 +479,7 @@ __device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Share
 // choose_kernel where all rows are plain and units there, with the same result: in little code,
 // which takes longer to come than to run, and with what is asked of the row known before the wait.
 // Grid: [rows].
-__global__ void __launch_bounds__(kChooseThreads, 2) draw_kernel(Sampler s) {
+__global__ void __launch_bounds__(kChooseThreads) draw_kernel(Sampler s) {
   __shared__ Segments segments;
   __shared__ int32_t found;
   const int row = static_cast<int>(blockIdx.x);

@@ -85,6 +85,7 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
             const auto pairs = plan_skinny_sm90(m, n, k, norm, gated, card.sms, card.max_smem,
                                                 card.smem_per_sm, true);
             EXPECT_EQ(pairs.tile % 2, 0);
+            EXPECT_GE(pairs.tile, m > 16 ? 16 : 10);
             EXPECT_GE(p.stages, 3);
             EXPECT_LE(p.stages, kSkinnySm90MaxStages);
             EXPECT_LE(p.smem, card.max_smem);

@@ -201,7 +201,7 @@ void store_words(const Call& c) {
     std::memcpy(c.shared(0), &v, 2);
     return;
   }
-  const size_t words = c.has(".v4") ? 4 : 1;
+  const size_t words = c.has(".v4") ? 4 : c.has(".v2") ? 2 : 1;
   for (size_t i = 0; i < words; ++i) {
     const uint32_t v = c.word(c.count > 2 ? 1 + i : 1);  // or one value for all
     std::memcpy(c.shared(0) + 4 * i, &v, 4);
