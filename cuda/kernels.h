@@ -116,8 +116,7 @@ inline LogitUnit* sample_units(void* workspace) {
 }
 
 // logits: [rows, vocab] fp32, sampling rows [first, first + rows) of step. has_units: they are in
-// sample_units(). plain: all rows are (StepInputs::plain_sampling); where units are not there yet
-// others, too, are sampled right, but slowly.
+// sample_units(). plain: all rows are (StepInputs::plain_sampling).
 size_t sample_workspace_bytes(int64_t rows, int64_t vocab);
 void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
             const StepInputs* step, int32_t first, bool has_units, bool plain,

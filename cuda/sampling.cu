@@ -4,19 +4,20 @@
 //   min-p -> the first token at which the running sum of p exceeds u times the whole.
 // logits: [rows, vocab] fp32, never written. Of every 16 neighbours, a unit, the maximum and the
 // mass (logit_units.cuh) come with the logits, or are made here. A row is cut into 32 segments:
+//   units_kernel    32 blocks a row: units, where they are not there. Only if all rows are plain,
+//                   that is, greedy, or drawn at a temperature and nothing else; then follows
+//   draw_kernel     1 block a row, a warp a segment: the unit, the token. Else:
 //   segment_kernel  32 blocks a row: units, where they are not there. Rows with biases, masks or
 //                   penalties get a processed copy in the workspace, and units of that. Of narrowed
 //                   and scored rows the segment's maximum, and mass before any processing.
 //   bin_kernel      4 to 32 blocks a row, narrowed rows only (top-k, top-p, min-p): tokens and mass
 //                   by distance from the maximum, in bins of 1/64 nat.
 //   list_kernel     as many: the tokens up to the bin in which the row is cut, if they are few.
-//   choose_kernel   1 block a row, a warp a segment: the cut, the draw, the scores.
-// Where all rows are plain (greedy, or a temperature and nothing else) and units there, draw_kernel
-// does all: it reads half a byte a logit, and 16 logits, and is bound by latency. Without units,
-// and where rows are processed or scored, the first kernel reads all, which bounds them; narrowed
-// rows are read three times, and where the tokens that are kept are too many to list, some times
-// more by one block. Masses that decide a cut are integers, so atomics may add them in any order;
-// all other sums have a fixed one.
+//   choose_kernel   as draw_kernel: the cut, the draw, the scores.
+// draw_kernel reads half a byte a logit, and 16 logits, and is bound by latency. Kernels that make
+// units or score read each logit once, which bounds them; narrowed rows are read three times, and
+// where the tokens that are kept are too many to list, some times more by one block. Masses that
+// decide a cut are integers, so atomics may add them in any order; all other sums have a fixed one.
 #include "core/philox.h"
 #include "cuda/sampling.cuh"
 
@@ -292,7 +293,7 @@ __device__ int32_t fallback(const Sampler& s, const SamplingRow& r, const float*
 __device__ int32_t choose_narrowed(const Sampler& s, const SamplingRow& r, int row, const float* z,
                                    BinnedSoftmax softmax, double u, Shared& sh) {
   const bool top_p = r.top_p < 1;
-  Selector selector(s, z, softmax, top_p, s.plain ? -1 : row, sh);
+  Selector selector(s, z, softmax, top_p, row, sh);
   const int listed = selector.load_list();
   Cut cut;
   if (has_top_k(r, s.vocab)) {
@@ -476,8 +477,8 @@ __device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Share
   return sh.found;
 }
 
-// choose_kernel where all rows are plain and units there, with the same result: in little code,
-// which takes longer to come than to run, and with what is asked of the row known before the wait.
+// choose_kernel where all rows are plain, with the same result: in little code, which takes longer
+// to come than to run, and with what is asked of the row known before the wait.
 // Grid: [rows].
 __global__ void __launch_bounds__(kChooseThreads) draw_kernel(Sampler s) {
   __shared__ Segments segments;
@@ -674,19 +675,20 @@ void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
   if (rows == 0) return;
   Sampler s = sampler_of(logits, logits_stride, vocab, step, first);
   s.has_units = has_units;
-  s.plain = plain;
   s.out = out;
   lay_out(s, rows, vocab, workspace);
   const auto grid_rows = static_cast<unsigned>(rows);
-  if (has_units && plain)
-    return launch(draw_kernel, grid_rows, kChooseThreads, 0, stream, "sample", s);
-  launch(segment_kernel, segments_of(rows), kSegmentThreads, 0, stream, "sample", s);
-  if (!plain) {
-    // Few rows: more blocks for each. Many: fewer bins to add up.
-    const dim3 grid(grid_rows, rows <= 8 ? kSegments : rows <= 64 ? kSegments / 4 : kSegments / 8);
-    launch(bin_kernel, grid, kBinThreads, 0, stream, "sample", s);
-    launch(list_kernel, grid, kChooseThreads, 0, stream, "sample", s);
+  if (plain) {
+    if (!has_units)
+      launch(units_kernel, segments_of(rows), kSegmentThreads, 0, stream, "sample", s);
+    launch(draw_kernel, grid_rows, kChooseThreads, 0, stream, "sample", s);
+    return;
   }
+  launch(segment_kernel, segments_of(rows), kSegmentThreads, 0, stream, "sample", s);
+  // Few rows: more blocks for each. Many: fewer bins to add up.
+  const dim3 grid(grid_rows, rows <= 8 ? kSegments : rows <= 64 ? kSegments / 4 : kSegments / 8);
+  launch(bin_kernel, grid, kBinThreads, 0, stream, "sample", s);
+  launch(list_kernel, grid, kChooseThreads, 0, stream, "sample", s);
   launch(choose_kernel, grid_rows, kChooseThreads, 0, stream, "sample", s);
 }
 

@@ -40,7 +40,6 @@ struct Sampler {
   const StepInputs* step;
   int32_t first;
   bool has_units;  // of the logits as they came
-  bool plain;      // no row is narrowed: bin_kernel and list_kernel do not run
   SampleOutputs out;
   LogitUnit* units;          // [rows, logit_units(vocab)] of the processed logits
   SegmentStats* stats;       // [rows, kSegments]
