@@ -48,8 +48,9 @@ EDGE = 16  # steps left out at both ends: some requests begin, and so end, some 
 LIMIT = 30.0  # us of idle time between two steps
 IDLE_GAP = "of that, idle"
 
-FIRST, LAST, PROMPTS = "embed_kernel", "choose_kernel", "prefill"  # parts of kernels' names
-SAMPLER = "segment_kernel"  # the sampler's first
+FIRST, PROMPTS = "embed_kernel", "prefill"  # parts of kernels' names
+LAST = ("draw_kernel", "choose_kernel")
+SAMPLER = ("units_kernel", "segment_kernel", "draw_kernel")  # the first that a step has
 CALLS = ("cudaMemcpyAsync", "cudaGraphLaunch", "cudaLaunch", "cudaEventSynchronize")
 WAIT = "cudaEventSynchronize"
 
@@ -115,7 +116,8 @@ def decodes(steps: Sequence[list[Event]]) -> list[list[Event]]:
     row: list[list[Event]] = []
     for step in steps:
         names = [event.name for event in step[:-1]]
-        if any(LAST in name for name in names) and not any(PROMPTS in name for name in names):
+        is_whole = any(last in name for name in names for last in LAST)
+        if is_whole and not any(PROMPTS in name for name in names):
             row.append(step)
         else:
             row = []
@@ -197,8 +199,8 @@ LANES = ("host", "copies", "forward", "sampler")
 def lanes(step: Sequence[Event]) -> dict[str, list[Event]]:
     """The step's own events."""
     own = step[:-1]
-    begins = [event.start for event in own if SAMPLER in event.name]
-    sampler = max(begins, default=step[-1].start)
+    starts = ([event.start for event in own if part in event.name] for part in SAMPLER)
+    sampler = max(next(filter(None, starts), [step[-1].start]))
     found: dict[str, list[Event]] = {"copies": [], "forward": [], "sampler": []}
     for event in own:
         lane = "forward" if event.start < sampler else "sampler"

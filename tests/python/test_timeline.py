@@ -74,6 +74,8 @@ def test_only_steps_that_all_decode(bench: Any) -> None:
     some = [one_step(PERIOD * i, prompts=kind) for i, kind in enumerate(kinds)]
     found = bench.decodes(bench.split(reversed(events(bench, *some))))
     assert [step[0].start for step in found] == [300, 400, 500]
+    plain = [("draw_kernel", *part[1:]) if part[0] == "choose_kernel" else part for part in some[1]]
+    assert len(bench.decodes(bench.split(events(bench, plain, some[2], some[3])))) == 1
     unsampled = [part for part in one_step(0) if part[0] != "choose_kernel"]
     assert bench.decodes(bench.split(events(bench, unsampled, one_step(PERIOD)))) == []
     assert bench.decodes([]) == []
