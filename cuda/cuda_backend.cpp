@@ -366,14 +366,15 @@ void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, T
               a.rope->in->num_tokens);
     written_slots_ = a.rope->in->slot_mapping;
   }
+  summed_up_ = {};
   LogitUnits units;
-  if (a.sampled != nullptr && out.dtype == DType::f32) {
+  if (a.sampled != nullptr && out.dtype == DType::f32 && !is_guest()) {
     check_arg(a.sampled->device != nullptr, "linear: the step's inputs are not in device memory");
     void* workspace = reserve(sample_, sample_workspace_bytes(out.rows(), out.cols()));
     units = {sample_units(workspace), a.sampled->device, a.first_sampled};
   }
   const bool made = linear_->run(x, w, a, out, stream_, !is_guest(), units);
-  summed_up_ = made ? SummedUp{out.data, out.rows(), out.cols(), a.first_sampled} : SummedUp{};
+  if (made) summed_up_ = {out.data, out.rows(), out.cols(), units.step, units.first};
 }
 
 void CudaBackend::rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs& a,
@@ -461,10 +462,12 @@ void CudaBackend::sample(Tensor logits, const StepInputs& in, int32_t first,
             "sample: no place for the most likely tokens");
   if (logits.rows() == 0) return;
   void* workspace = reserve(sample_, sample_workspace_bytes(logits.rows(), logits.cols()));
-  const bool has_units = summed_up_ == SummedUp{logits.data, logits.rows(), logits.cols(), first};
+  const bool has_units =
+      summed_up_ == SummedUp{logits.data, logits.rows(), logits.cols(), in.device, first};
+  const bool plain = in.plain_sampling && !is_guest();
   summed_up_ = {};
   cuda::sample(logits.as<float>(), logits.row_stride, logits.rows(), logits.cols(), in.device,
-               first, has_units, in.plain_sampling, out, workspace, card_, stream_);
+               first, has_units, plain, out, workspace, card_, stream_);
 }
 
 }  // namespace ni::cuda

@@ -123,6 +123,7 @@ class CudaBackend final : public Backend {
   struct SummedUp {
     const void* logits = nullptr;
     int64_t rows = 0, vocab = 0;
+    const StepInputs* step = nullptr;
     int32_t first = 0;
     bool operator==(const SummedUp&) const = default;
   };

@@ -105,7 +105,8 @@ inline constexpr int kUnitLogits = 16;
 NI_HD inline int64_t logit_units(int64_t vocab) {
   return (vocab + 31) / 32 * 2;
 }
-// Where a product leaves those of its result, for sample().
+// Where a product leaves those of its result, for sample(). What the step says of its rows must not
+// be written by a kernel that may still run (common.cuh).
 struct LogitUnits {
   LogitUnit* units = nullptr;        // [rows, logit_units(vocab)]; null: not wanted
   const StepInputs* step = nullptr;  // in device memory
@@ -116,9 +117,10 @@ inline LogitUnit* sample_units(void* workspace) {
 }
 
 // logits: [rows, vocab] fp32, sampling rows [first, first + rows) of step. has_units: they are in
-// sample_units(). plain: all rows are (StepInputs::plain_sampling).
+// sample_units(). plain: all rows are (StepInputs::plain_sampling); then, too, no kernel that may
+// still run has written the step's inputs.
 size_t sample_workspace_bytes(int64_t rows, int64_t vocab);
-void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
+void sample(const float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
             const StepInputs* step, int32_t first, bool has_units, bool plain,
             const SampleOutputs& out, void* workspace, const Card& card, cudaStream_t stream);
 // Units of rows without biases, masks and penalties.

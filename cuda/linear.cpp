@@ -198,7 +198,7 @@ struct Linear::Impl {
     return a;
   }
 
-  // units, where linear_skinny takes them.
+  // units: are made where has_units() says so.
   cublasStatus_t multiply(const Plan& plan, const Tensor& x, const LinearWeight& w, const Key& key,
                           const Tensor& out, cudaStream_t on, bool settled = true,
                           const LogitUnits& units = {}) {
@@ -206,7 +206,7 @@ struct Linear::Impl {
       SkinnyArgs args = skinny_args(x, w, out);
       args.accumulate = key.accumulate;
       args.settled = settled;
-      if (makes_units(args, card)) args.units = units;
+      if (has_units(plan, x, w, out)) args.units = units;
       linear_skinny(args, card, on);
       return CUBLAS_STATUS_SUCCESS;
     }
@@ -694,9 +694,12 @@ void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int6
   StepInputs inputs;
   inputs.num_logits = static_cast<int32_t>(logits);
   inputs.sampling = static_cast<const SamplingRow*>(sampling.data);
-  cudaMemcpy(sampling.data, sampled.data(), sampled.size() * sizeof(SamplingRow),
-             cudaMemcpyHostToDevice);
-  cudaMemcpy(step.data, &inputs, sizeof(inputs), cudaMemcpyHostToDevice);
+  const auto upload = [&](void* to, const void* from, size_t bytes) {
+    check_cuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream), "timing plans");
+    check_cuda(cudaStreamSynchronize(stream), "timing plans");
+  };
+  upload(sampling.data, sampled.data(), sampled.size() * sizeof(SamplingRow));
+  upload(step.data, &inputs, sizeof(inputs));
   timed_units = {static_cast<LogitUnit*>(units.data), static_cast<const StepInputs*>(step.data), 0};
   for_each_plan([&](const Key& key, const std::vector<const LinearWeight*>& same) {
     if (plans.find(key) != plans.end()) return;

@@ -46,7 +46,8 @@ class Linear {
            cudaStream_t stream, bool settled = true, const LogitUnits& units = {});
   // Candidates timed so far: none if the cache file knew all plans.
   int num_timed() const;
-  // What was chosen, for people: one line a plan.
+  // What was chosen, for people: one line a plan. (The time of a product that makes no units of
+  // logits has that of a kernel that does.)
   std::vector<std::string> describe() const;
 
  private:

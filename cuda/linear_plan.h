@@ -86,8 +86,8 @@ struct SkinnySm90Plan {
   // A stage is given back when the next one's products have been begun.
   static constexpr int kMinStages = 3;
   static constexpr int kStripRows = 8;
-  // Of four strips in fp32, in different banks; up to 64 rows for two groups of warps.
-  static constexpr int kF32Tile = 16;
+  static constexpr int kF32Tile = 16;  // of more than 16 rows of fp32
+  // Where these become results: four strips at a time, 32 bytes for different banks.
   static constexpr int kF32RowBytes = 4 * kStripRows * 4 + 32;
   // So many that a stage has work enough for the tensor core to do while the next is begun, and no
   // more: what is in flight is the ring without the stages at work.

@@ -1,7 +1,7 @@
 // What the sampler wants to know of a row before it reads logits: of every 16 neighbours, a unit,
 // the largest and their mass under it. The product that makes the logits sums them up as it stores
-// them (linear_skinny_sm90.cu), else the sampler's first kernel does (sampling.cu), all by the one
-// function here: a token does not depend on who did.
+// them (linear_skinny_sm90.cu), else the sampler's first kernel does (sampling.cu), in the same
+// order: a token does not depend on who did.
 #pragma once
 
 #include <limits>

@@ -353,8 +353,9 @@ class Units {
       const Softmax softmax{top, factor};
       float sum = 0;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) sum += batch_[i].mass * softmax.p(batch_[i].max);
-      mass_ = mass_ * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
+      for (int i = 0; i < kBatch; ++i)
+        sum = __fmaf_rn(batch_[i].mass, softmax.p(batch_[i].max), sum);
+      mass_ = fma(mass_, static_cast<double>(softmax.p(before)), static_cast<double>(sum));
     }
     const float max = value_of(__reduce_max_sync(kAllLanes, key_of(top)));
     const auto first =
@@ -664,7 +665,7 @@ void sum_up_logits(const float* logits, int64_t logits_stride, int64_t rows, int
   launch(units_kernel, segments_of(rows), kSegmentThreads, 0, stream, "sample", s);
 }
 
-void sample(float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
+void sample(const float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
             const StepInputs* step, int32_t first, bool has_units, bool plain,
             const SampleOutputs& out, void* workspace, const Card&, cudaStream_t stream) {
   check_sampled(rows, vocab);

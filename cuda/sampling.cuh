@@ -24,7 +24,7 @@ inline constexpr int kSortCapacity = 2 * kChooseThreads;
 // Masses that are compared for top-p are multiples of this; 2^21 tokens of p = 1 fit into 64 bits.
 inline constexpr float kMassUnits = 0x1p42f;
 
-// Of a row that is narrowed, processed or scored.
+// Of a row that is narrowed or scored.
 struct SegmentStats {
   float max;      // of the processed logits
   float raw_max;  // of the logits as they came; rows that are scored

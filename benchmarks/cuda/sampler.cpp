@@ -66,8 +66,7 @@ void bench_heads(Bench& b, const SamplingRow& greedy, const SamplingRow& warm) {
               "Last norm, logits and sampler of a step, beside reading lm_head once at the rate of "
               "the copy",
               {"model", "rows", "sampling", "us", "norm apart us", "lm_head with units us",
-               "lm_head us", "read us",
-               "% over reading"},
+               "lm_head us", "read us", "% over reading"},
               {}};
   const cudaStream_t stream = b.timer.stream();
   for (const auto& [model, vocab, hidden] : {Head{"Qwen3 0.6B", 151936, 1024},

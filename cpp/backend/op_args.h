@@ -105,8 +105,9 @@ struct LinearArgs {
   Activation act = Activation::silu;
   // Not null: out is qkv, and this follows; k and v of `out` are then nobody's.
   const RopeKvWrite* rope = nullptr;
-  // Not null: out (fp32) are logits, of sampling rows from first_sampled on, and what uses them next
-  // is sample(), so that a backend may sum up for it what it is about to write.
+  // Not null: out (fp32) are logits, of sampling rows from first_sampled on. If the next one to use
+  // them is sample(), nobody has changed them until then: a backend may sum up for it what it
+  // writes.
   const StepInputs* sampled = nullptr;
   int32_t first_sampled = 0;
   // Rows behind those of x and out that may be read and written: their values are nobody's.

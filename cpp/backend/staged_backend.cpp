@@ -328,7 +328,8 @@ void StagedBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a,
   there.bias = call.pointer<float>(bias);
   const NormWeight norm_there{call.pointer<float>(norm_weight), call.pointer<float>(norm_bias)};
   LinearArgs args = a;
-  args.spare_rows = 0;  // there are none here
+  args.spare_rows = 0;     // there are none here
+  args.sampled = nullptr;  // sample() stages the logits anew
   if (a.norm != nullptr) args.norm = &norm_there;
   call.run([&](Backend& inner) { inner.linear(call.tensor(from), there, args, call.tensor(to)); });
 }

@@ -12,6 +12,12 @@ namespace ni {
 namespace {
 
 // A token of the sequence followed by its drafts.
+int32_t token_at(const Sequence& seq, int index) {
+  const int known = seq.num_tokens();
+  return index < known ? seq.tokens[static_cast<size_t>(index)]
+                       : seq.draft_tokens[static_cast<size_t>(index - known)];
+}
+
 // StepInputs::plain_sampling, of a row.
 bool is_plain(const SamplingRow& r) {
   const bool is_narrowed = r.top_k > 0 || r.top_p < 1 || r.min_p > 0;
@@ -19,12 +25,6 @@ bool is_plain(const SamplingRow& r) {
       r.bias_end > r.bias_begin || r.counts_end > r.counts_begin || r.mask_row >= 0;
   const bool is_scored = r.num_logprobs >= 0 || r.target >= 0;
   return !is_narrowed && !is_processed && !is_scored;
-}
-
-int32_t token_at(const Sequence& seq, int index) {
-  const int known = seq.num_tokens();
-  return index < known ? seq.tokens[static_cast<size_t>(index)]
-                       : seq.draft_tokens[static_cast<size_t>(index - known)];
 }
 
 size_t aligned(size_t bytes) {

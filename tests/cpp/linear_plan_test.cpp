@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <utility>
 
 namespace ni::cuda {
 namespace {
@@ -74,18 +75,14 @@ TEST(LinearPlan, KeepsBytesInFlight) {
 TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
   const CardSizes& card = kCards[3];
   for (const bool norm : {false, true})
-    for (const bool gated : {false, true})
+    for (const auto& [gated, f32] : {std::pair{false, false}, {true, false}, {false, true}})
       for (const int64_t m :
            {1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 160, 192, 200, 256, 500, 9000})
         for (const int64_t n : {16, 1008, 1024, 4096, 6144, 28672, 34816, 151936})
           for (const int64_t k : {64, 192, 1024, 2048, 4096, 14336}) {
-            const auto p =
-                plan_skinny_sm90(m, n, k, norm, gated, card.sms, card.max_smem, card.smem_per_sm);
+            const auto p = plan_skinny_sm90(m, n, k, norm, gated, card.sms, card.max_smem,
+                                            card.smem_per_sm, f32);
             if (norm && (m > 16 || !p.fits())) continue;  // not fused
-            const auto pairs = plan_skinny_sm90(m, n, k, norm, gated, card.sms, card.max_smem,
-                                                card.smem_per_sm, true);
-            EXPECT_EQ(pairs.tile % 2, 0);
-            EXPECT_GE(pairs.tile, m > 16 ? 16 : 10);
             EXPECT_GE(p.stages, 3);
             EXPECT_LE(p.stages, kSkinnySm90MaxStages);
             EXPECT_LE(p.smem, card.max_smem);
@@ -102,7 +99,11 @@ TEST(LinearPlanSm90, FitsTheCardAndReachesEveryStrip) {
                                                                                          : 8));
             EXPECT_TRUE(m <= 16 || SkinnySm90Plan::is_wide(p.tile, p.rows));
             EXPECT_TRUE(!p.holds_all || (p.tiles(n) <= card.sms && p.stages * p.atoms * 64 >= k));
-            EXPECT_TRUE(p.tile >= 1 && p.tile <= 16 && (!gated || p.tile % 2 == 0));
+            EXPECT_TRUE(p.tile >= 1 && p.tile <= 16 && (!(gated || f32) || p.tile % 2 == 0));
+            // Of logits there is one kernel for so many rows.
+            EXPECT_TRUE(!f32 || (m > 16 ? p.tile == 16 : p.tile > 8));
+            const int out_row = !f32 ? 16 * (p.tile + 1) : p.rows <= 64 ? 2 * 160 : 160;
+            EXPECT_EQ(p.out_bytes, m > 16 ? skinny_sm90_rows(p.rows) * out_row : 0);
             // What the tensor core reads behind the last weights, and behind x, is there.
             const int unused = m > 16 ? (skinny_sm90_rows(p.rows) - p.rows) * 128
                                       : (8 - p.tile % 8) % 8 * 8 * 128 + 1024;

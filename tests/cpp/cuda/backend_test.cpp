@@ -190,6 +190,87 @@ TEST(CudaBackend, ReplayEqualsEager) {
   EXPECT_EQ(calls, 3);
 }
 
+// What lm_head's product sums up for the sampler is used for the logits that it made, and for no
+// others that come to lie there.
+TEST(CudaBackend, TheSamplerTakesSumsOfItsOwnLogitsOnly) {
+  constexpr int64_t kRows = 3, kCols = 64, kVocab = 5000;
+  cuda::CudaBackend backend(options());
+  const auto filled = [&](const std::vector<char>& bytes) {
+    Buffer buffer = backend.alloc(bytes.size());
+    backend.upload(bytes.data(), buffer.data(), bytes.size());
+    return buffer;
+  };
+  const auto random = [&](int64_t count, uint32_t seed) {
+    return filled(encode_floats(normal_floats(static_cast<size_t>(count), seed), DType::bf16));
+  };
+  const Buffer weight = random(kVocab * kCols, 1), rows = random(kRows * kCols, 2),
+               other_rows = random(kRows * kCols, 3), out = backend.alloc(kRows * kVocab * 4),
+               token_ids = backend.alloc(kRows * 4);
+  LinearWeight w;
+  w.spec = {kVocab, kCols, DType::bf16, false};
+  w.data = weight.data();
+  SamplingRow greedy;
+  greedy.temperature = 0;
+  const std::vector<SamplingRow> sampled(kRows, greedy);
+  const auto* bytes = reinterpret_cast<const char*>(sampled.data());
+  const Buffer sampling = filled({bytes, bytes + sampled.size() * sizeof(SamplingRow)});
+  StepInputs in;
+  in.num_logits = kRows;
+  in.plain_sampling = true;
+  in.sampling = reinterpret_cast<const SamplingRow*>(sampling.data());
+  const auto* step = reinterpret_cast<const char*>(&in);
+  const Buffer device = filled({step, step + sizeof(in)});
+  in.device = reinterpret_cast<const StepInputs*>(device.data());
+
+  const Tensor logits(out.data(), DType::f32, {kRows, kVocab});
+  const auto multiply = [&](const Buffer& x, const StepInputs* for_step) {
+    LinearArgs a;
+    a.sampled = for_step;
+    backend.linear(Tensor(x.data(), DType::bf16, {kRows, kCols}), w, a, logits);
+  };
+  const auto tokens = [&] {
+    SampleOutputs to;
+    to.token_ids = reinterpret_cast<int32_t*>(token_ids.data());
+    backend.sample(logits, in, 0, to);
+    std::vector<int32_t> ids(kRows);
+    backend.download(token_ids.data(), ids.data(), kRows * 4);
+    backend.synchronize();
+    return ids;
+  };
+  std::vector<float> host(kRows * kVocab);
+  const auto likeliest = [&] {
+    backend.download(out.data(), host.data(), host.size() * 4);
+    backend.synchronize();
+    std::vector<int32_t> ids;
+    for (auto row = host.begin(); row != host.end(); row += kVocab)
+      ids.push_back(static_cast<int32_t>(std::max_element(row, row + kVocab) - row));
+    return ids;
+  };
+  multiply(rows, &in);
+  const std::vector<int32_t> first = likeliest();
+  EXPECT_EQ(tokens(), first);
+  multiply(rows, &in);
+  multiply(other_rows, nullptr);
+  const std::vector<int32_t> second = likeliest();
+  EXPECT_NE(second, first);
+  EXPECT_EQ(tokens(), second);
+  EXPECT_EQ(tokens(), second);
+  // Another's logits after those of a product whose sums have been used, and, on Hopper, before.
+  multiply(rows, &in);
+  for (const bool is_used : {true, false}) {
+    if (!is_used) {
+      multiply(rows, &in);
+    } else {
+      EXPECT_EQ(tokens(), first);
+    }
+    likeliest();
+    for (int64_t r = 0; r < kRows; ++r) host[static_cast<size_t>(r * kVocab + 7)] = 1000;
+    backend.upload(host.data(), out.data(), host.size() * 4);
+    const bool has_sums = !is_used && this_card().arch == 90;
+    EXPECT_EQ(tokens(), has_sums ? first : std::vector<int32_t>(kRows, 7));
+  }
+}
+
 TEST(CudaBackend, AFailureWhileCapturingLeavesTheBackendUsable) {
   cuda::CudaBackend backend(options());
   const Buffer buffer = backend.alloc(4096);
