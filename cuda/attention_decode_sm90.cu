@@ -390,7 +390,7 @@ __device__ __forceinline__ int left(DecodeCounter all) {
 //
 // The counter becomes zero, as it was found, when nobody will look at it who must find more than
 // that there is nothing to do.
-template <typename C, int D>
+template <int D>
 __device__ __forceinline__ void count_part(const DecodeParams& p, const Work& w, Share& share,
                                            uint32_t counted) {
   constexpr int kPatience = 4096;  // looks, of 0.6 us or more
@@ -436,7 +436,7 @@ __device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
     if (!w.is_part()) continue;
     wait(memory.part_written(), phase);
     phase ^= 1;
-    count_part<C, D>(p, w, memory.share(), memory.part_counted());
+    count_part<D>(p, w, memory.share(), memory.part_counted());
   }
 }
 

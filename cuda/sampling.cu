@@ -58,9 +58,9 @@ __device__ bool is_allowed(const uint32_t* mask, int32_t id) {
 
 // -- segment_kernel -------------------------------------------------------------------------------
 
-// Calls f(token, it and its three neighbours, whether they are) for what the thread has of a
-// segment: four lanes have a unit. All on their way at once, as vectors where rows are aligned;
-// -infinity where there are none, and f is called by whole warps.
+// Calls f(token, its logit and those of its three neighbours) for what the thread has of a segment:
+// four lanes have a unit. All are on their way at once, as vectors where rows are aligned. f is
+// called by whole warps, with -infinity where there are no more tokens.
 template <typename F>
 __device__ void each_four(const float* x, int32_t begin, int32_t end, F f) {
   constexpr int kBatch = 5;
