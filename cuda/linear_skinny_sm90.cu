@@ -6,16 +6,17 @@
 // Layouts: x [M, x_stride], W [N, w_stride], K and w_stride multiples of 64. A CTA goes through
 // tiles of up to 16 strips of 8 weight rows (gated: pairs, of the gate and of the others); one warp
 // brings boxes of 64 columns by the copy engine through a ring in shared memory (128-byte swizzle),
-// four warps for every 64 rows of x multiply. x comes through the same ring, or as a whole, and is
-// normalised by every CTA, few rows on their way into shared memory. Both operands are read from
-// shared memory by the tensor core itself: with up to 16 rows of x W is A (64 rows, or whatever
-// lies there where they are fewer) and x is B, with more x is A and W is B. Moves N * K * 2 bytes
-// once (with several blocks of rows, at worst as often); bound by bandwidth. What that takes: 50 KB
-// (H100) to 150 KB (H200) in flight on every multiprocessor from the kernel's first moment on (the
-// ring fills while the kernel before still works: weights depend on nobody), strips spread evenly,
-// one CTA on every multiprocessor (see the plan), and a warp that only copies. For short N the
-// chain of K / 16 dependent products is the bound: 18 cycles each with 8 rows of x, 33 with 64 of
-// B, if they stand close; mma.sync takes 24, with the ldmatrix that it needs 36.
+// four warps for every 64 rows of x multiply (of logits two groups of four, in turns). x comes
+// through the same ring, or as a whole, and is normalised by every CTA, few rows on their way into
+// shared memory. Both operands are read from shared memory by the tensor core itself: with up to 16
+// rows of x W is A (64 rows, or whatever lies there where they are fewer) and x is B, with more x
+// is A and W is B. Moves N * K * 2 bytes once (with several blocks of rows, at worst as often);
+// bound by bandwidth. What that takes: 50 KB (H100) to 150 KB (H200) in flight on every
+// multiprocessor from the kernel's first moment on (the ring fills while the kernel before still
+// works: weights depend on nobody), strips spread evenly, one CTA on every multiprocessor (see the
+// plan), and a warp that only copies. For short N the chain of K / 16 dependent products is the
+// bound: 18 cycles each with 8 rows of x, 33 with 64 of B, if they stand close; mma.sync takes 24,
+// with the ldmatrix that it needs 36.
 #include <algorithm>
 #include <iterator>
 #include <type_traits>
@@ -483,43 +484,41 @@ struct Tile {
       });
     }
   }
+  // Calls f(pair of strips, row of x, acc of the one, of the other, factor of the row) for the
+  // pairs of which this lane has a column each.
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(int lane, const F& f) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          f(4 * b + warp, row_of(t, i, lane), acc[b][t][i], acc[b][t][i + 2], factor[t][i]);
+  }
   // The gate's strip stands before the other half's.
   __device__ __forceinline__ void store_gated(int tile, int lane) const {
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = row_of(t, i, lane), pair = 4 * b + warp;
-          const int col = kStripRows * (tile * p.plan.tile / 2 + pair) + lane / 4;
-          if (2 * pair >= p.plan.tile || !is_mine(row, col)) continue;
-          static_cast<T*>(p.a.out)[place_of(row, col)] =
-              gated(round_linear<T>(with_bias<T>(p.a, acc[b][t][i], col)),
-                    round_linear<T>(with_bias<T>(p.a, acc[b][t][i + 2], p.n + col)));
-        }
+    for_each_pair(lane, [&](int pair, int row, float gate, float other, float) {
+      const int col = kStripRows * (tile * p.plan.tile / 2 + pair) + lane / 4;
+      if (2 * pair >= p.plan.tile || !is_mine(row, col)) return;
+      static_cast<T*>(p.a.out)[place_of(row, col)] =
+          gated(round_linear<T>(with_bias<T>(p.a, gate, col)),
+                round_linear<T>(with_bias<T>(p.a, other, p.n + col)));
+    });
   }
-
-  // Of two strips each.
   __device__ __forceinline__ void store_units_narrow(int tile, int lane) const {
+    for_each_pair(lane, [&](int pair, int row, float low, float high, float by) {
+      const int strip = 2 * pair, col = kStripRows * (tile * p.plan.tile + strip);
+      float v[2] = {low, high};
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int strip = 8 * b + 2 * warp, row = row_of(t, i, lane);
-          const int col = kStripRows * (tile * p.plan.tile + strip);
-          float v[2];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int mine = col + 8 * j + lane / 4;
-            v[j] = mine < p.n ? with_bias<T>(p.a, acc[b][t][i + 2 * j], mine) : -INFINITY;
-          }
-          const LogitUnit unit = logit_unit<4>(v, factor[t][i]);
-          if (lane / 4 == 0 && strip < p.plan.tile && is_mine(row, col))
-            p.a.units.units[row * logit_units(p.n) + col / kUnitLogits] = unit;
-        }
+      for (int j = 0; j < 2; ++j) {
+        const int mine = col + kStripRows * j + lane / 4;
+        v[j] = mine < p.n ? with_bias<T>(p.a, v[j], mine) : -INFINITY;
+      }
+      const LogitUnit unit = logit_unit<4>(v, by);
+      if (lane / 4 == 0 && strip < p.plan.tile && is_mine(row, col))
+        p.a.units.units[row * logit_units(p.n) + col / kUnitLogits] = unit;
+    });
   }
 
   // -- Many rows: by way of shared memory --
@@ -595,8 +594,9 @@ struct Tile {
       }
     }
   }
-  // Never gated; four strips at a time, so that stores are of whole lines: 32 bytes at a time they
-  // took 6% longer (64 rows of 0.6B's lm_head, H200). Each group has its own place.
+  // Never gated; four strips at a time, so that stores are of whole lines: 32 bytes at a time, as
+  // the sums lie, all took 2% longer (64 rows of 0.6B's lm_head, H200). Each group has its own
+  // place.
   template <int kFrom = 0>
   __device__ __forceinline__ void store_f32(int tile, int lane) {
     constexpr int kTo = kFrom + 4 < kTiles ? kFrom + 4 : kTiles, kVectors = 2 * (kTo - kFrom);

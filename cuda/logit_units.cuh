@@ -33,23 +33,12 @@ __device__ inline float softmax_factor(const SamplingRow& r) {
   return is_greedy(r) ? 1.0f : 1.0f / r.temperature;
 }
 
-// Pairs whose indices differ in the highest bit first.
-template <int kCount>
-__device__ __forceinline__ float sum_of_halves(float* p) {
-  if constexpr (kCount == 1) {
-    return p[0];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) p[i] += p[i + kCount / 2];
-    return sum_of_halves<kCount / 2>(p);
-  }
-}
-
-// A unit whose logits lie in 16 / kOwn lanes, whose numbers differ in the bits from kLane on; NaN
-// counts as -infinity. Sums are made of pairs whose columns differ in bit 3, then 0, 1 and 2; so
-// the index into v has these bits, or as many as there are, from high to low.
+// A unit of which each lane has two logits or four, in lanes whose numbers differ in the bits from
+// kLane on; NaN counts as -infinity. Sums are made of pairs whose columns differ in bit 3, then 0,
+// 1 and 2; so the index into v has bit 3, then, if there are four, 0.
 template <int kLane, int kOwn>
 __device__ __forceinline__ LogitUnit logit_unit(const float (&v)[kOwn], float factor) {
+  static_assert(kOwn == 2 || kOwn == 4);
   constexpr unsigned kAll = 0xffffffffu;
   constexpr int kLanes = kUnitLogits / kOwn;
   float max = -kInf;
@@ -62,7 +51,7 @@ __device__ __forceinline__ LogitUnit logit_unit(const float (&v)[kOwn], float fa
   float p[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; ++i) p[i] = softmax.p_of(fmaxf(v[i], -kInf));
-  float mass = sum_of_halves<kOwn>(p);
+  float mass = kOwn == 2 ? p[0] + p[1] : (p[0] + p[kOwn - 2]) + (p[1] + p[kOwn - 1]);
 #pragma unroll
   for (int apart = 1; apart < kLanes; apart *= 2)
     mass += __shfl_xor_sync(kAll, mass, apart * kLane);
