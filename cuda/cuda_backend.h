@@ -125,6 +125,7 @@ class CudaBackend final : public Backend {
     int64_t rows = 0, vocab = 0;
     const StepInputs* step = nullptr;
     int32_t first = 0;
+    bool only = false;  // the logits have not been written
     bool operator==(const SummedUp&) const = default;
   };
   SummedUp summed_up_;

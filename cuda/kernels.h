@@ -10,6 +10,7 @@
 #include <cuda_runtime_api.h>
 
 #include "backend/op_args.h"
+#include "core/philox.h"
 #include "core/step_inputs.h"
 #include "cuda/attention_plan.h"
 
@@ -96,11 +97,16 @@ void attention_prefill(const AttnParams& p, int32_t num_items, const Card& card,
                        cudaStream_t stream);
 
 // -- sampling.cu ----------------------------------------------------------------------------------
-// Of 16 neighbouring logits: the largest, and the sum of exp((z - max) / temperature).
+// Of 16 neighbouring logits, a unit: the largest, the sum of exp((z - max) / temperature), and
+// which of them is drawn if the unit is (core/philox.h); of a greedy row, or where the largest is
+// infinite, the first of the largest, and no sum.
 struct alignas(8) LogitUnit {
-  float max, mass;
+  float max;
+  uint32_t bits;  // the sum in 1 / 2^24 (it is in [1, 16], or 0), and 4 bits of the choice
+
+  NI_HD float mass() const { return static_cast<float>(bits >> 4) * 0x1.0p-24f; }
+  NI_HD int32_t choice() const { return static_cast<int32_t>(bits & 15); }
 };
-inline constexpr int kUnitLogits = 16;
 // Of a row; even, so that pairs are aligned.
 NI_HD inline int64_t logit_units(int64_t vocab) {
   return (vocab + 31) / 32 * 2;
@@ -111,6 +117,7 @@ struct LogitUnits {
   LogitUnit* units = nullptr;        // [rows, logit_units(vocab)]; null: not wanted
   const StepInputs* step = nullptr;  // in device memory
   int32_t first = 0;                 // sampling row of the first
+  bool only = false;                 // nobody reads the result itself: it need not be written
 };
 inline LogitUnit* sample_units(void* workspace) {
   return static_cast<LogitUnit*>(workspace);
@@ -122,7 +129,7 @@ inline LogitUnit* sample_units(void* workspace) {
 size_t sample_workspace_bytes(int64_t rows, int64_t vocab);
 void sample(const float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
             const StepInputs* step, int32_t first, bool has_units, bool plain,
-            const SampleOutputs& out, void* workspace, const Card& card, cudaStream_t stream);
+            const SampleOutputs& out, void* workspace, cudaStream_t stream);
 // Units of rows without biases, masks and penalties.
 void sum_up_logits(const float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
                    const LogitUnits& units, cudaStream_t stream);

@@ -41,13 +41,14 @@ class Linear {
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
   // settled (common.cuh): no kernel that may still run has written the weight, or what a rotation
   // needs: none since one that waited before it let the next one start.
-  // With units (out is fp32): whether they have been made, too.
+  // With units (out is fp32): whether they have been made, too, or, if nothing else is asked for,
+  // instead.
   bool run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
            cudaStream_t stream, bool settled = true, const LogitUnits& units = {});
   // Candidates timed so far: none if the cache file knew all plans.
   int num_timed() const;
-  // What was chosen, for people: one line a plan. (The time of a product that makes no units of
-  // logits has that of a kernel that does.)
+  // What was chosen, for people: one line a plan. (The time of a product to logits is that of their
+  // units.)
   std::vector<std::string> describe() const;
 
  private:
@@ -85,10 +86,12 @@ bool makes_units(const SkinnyArgs& a, const Card& card);
 
 // -- linear_large_sm90.cu -------------------------------------------------------------------------
 // The same for many rows, at least 128, with a gate or, `rope` not null, with rope_kv_write() of
-// the result, where fuses_large() says so; the same bits.
+// the result, where fuses_large() says so, or, with units, only these, where makes_units_large()
+// says so; the same bits.
 void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card,
                        cudaStream_t stream);
 bool fuses_large(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card);
+bool makes_units_large(const SkinnyArgs& a, const Card& card);
 
 // Adds to *count the number of elements of a and b (same type and shape) with different bits.
 void count_differences(const Tensor& a, const Tensor& b, int* count, cudaStream_t stream);

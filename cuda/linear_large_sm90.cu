@@ -1,7 +1,8 @@
 // linear_large on Hopper: y[m, n] = sum over k of x[m, k] W[n, k] (+ bias) for many rows, in the
 // canonical order (see linear_skinny.cu), with what follows in a decoder layer:
 //   y := round(silu(y[:, :n / 2]) * y[:, n / 2:])     or, of qkv, rope_kv_write() (rope_kv.cu)
-// each rounded like the operators of their own, so fused and separate give the same bits.
+// each rounded like the operators of their own, so fused and separate give the same bits; or of
+// logits, which then nobody reads, only their units (logit_units.cuh).
 //
 // Layouts: x [M, x_stride], M >= 128; W [N, w_stride]; K and w_stride multiples of 64. A tile is
 // 128 rows of x by kColumns rows of W, gated: half of them of the gate, half of the others. Two
@@ -14,6 +15,7 @@
 #include "cuda/linear.h"
 #include "cuda/linear_plan.h"
 #include "cuda/linear_skinny.cuh"
+#include "cuda/logit_units.cuh"
 #include "cuda/rope.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/tensor_map.h"
@@ -26,8 +28,11 @@ constexpr int kAtom = 64;  // columns of a box, 128 bytes
 constexpr int kTileRows = kLargeTileRows, kGroups = 2, kGroupWarps = 4;
 constexpr int kComputeWarps = kGroups * kGroupWarps;
 
-// What follows the product: a gate, or norm, rotation and cache of heads of so many elements.
-enum class Then { gate, rope_64, rope_128 };
+// What follows the product: a gate, or norm, rotation and cache of heads of so many elements, or
+// units of logits.
+enum class Then { gate, rope_64, rope_128, units };
+template <Then kThen>
+constexpr bool kRotates = kThen == Then::rope_64 || kThen == Then::rope_128;
 template <Then kThen>
 constexpr int kHeadDim = kThen == Then::rope_64 ? 64 : 128;
 
@@ -225,7 +230,14 @@ struct Group {
 
   __device__ __forceinline__ void store(const Item& item) {
     if (p.a.bias != nullptr) add_bias(item);
-    if constexpr (!kGated) turn(item);
+    if constexpr (kThen == Then::units) {
+      store_units_of(item);
+    } else {
+      if constexpr (kRotates<kThen>) turn(item);
+      store_results(item);
+    }
+  }
+  __device__ __forceinline__ void store_results(const Item& item) const {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
@@ -334,6 +346,47 @@ struct Group {
   }
   // What memory has for the results is on its way while the products are made.
   __device__ __forceinline__ void look_up(const Item& item) {
+    if constexpr (kThen == Then::units) look_up_units(item);
+    if constexpr (kRotates<kThen>) look_up_rotation(item);
+  }
+
+  // -- Units of logits: how its 32 rows are sampled a warp keeps where others have results --
+
+  __device__ __forceinline__ uint32_t unit_row(int in_warp) const {
+    return memory.out + ((group * kGroupWarps + warp) * 32 + in_warp) * 32;
+  }
+  __device__ __forceinline__ void look_up_units(const Item& item) const {
+    const int row = warp_row(item, lane / 16) + lane % 16;
+    const UnitRow how(p.a.units.step->sampling[p.a.units.first + row]);
+    const float* draws = how.draws.v;
+    __syncwarp();  // those of the tile before are used
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(unit_row(lane)), "f"(draws[0]),
+                 "f"(draws[1]), "f"(draws[2]), "f"(draws[3])
+                 : "memory");
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(unit_row(lane) + 16), "f"(how.factor) : "memory");
+    __syncwarp();
+  }
+  __device__ __forceinline__ void store_units_of(const Item& item) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int in_block = 8 * i + lane / 4;
+        const uint32_t from = unit_row(16 * b + in_block);
+        UnitRow how;
+        float* draws = how.draws.v;
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(draws[0]), "=f"(draws[1]), "=f"(draws[2]), "=f"(draws[3])
+                     : "r"(from)
+                     : "memory");
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(how.factor) : "r"(from + 16) : "memory");
+        const int64_t row = warp_row(item, b) + in_block;
+        store_units(acc[b], i, how, kColumns * item.column_tile, p.n, true,
+                    p.a.units.units + row * logit_units(p.n));
+      }
+  }
+
+  __device__ __forceinline__ void look_up_rotation(const Item& item) {
     constexpr int kHeads = kColumns / kHeadDim<kThen>;  // of a tile
     const int head = item.column_tile * kHeads,
               num_turning = p.rope.num_heads + p.rope.kv.num_kv_heads;
@@ -448,7 +501,7 @@ __global__ void __launch_bounds__(32 * (kComputeWarps + kGroupWarps), 1)
     for (int i = 0; i < kGroups; ++i) init_barrier(memory.turn(i), kGroupWarps);
     fence_async_proxy();
   }
-  if constexpr (kThen != Then::gate) {
+  if constexpr (kRotates<kThen>) {
     constexpr int kDim = kHeadDim<kThen>;
     const bool is_k = threadIdx.x >= kDim;
     const float* norm = (is_k ? p.rope.args.k_norm : p.rope.args.q_norm).weight;
@@ -474,7 +527,7 @@ __global__ void __launch_bounds__(32 * (kComputeWarps + kGroupWarps), 1)
     for (int i = static_cast<int>(blockIdx.x) / kCluster + group.group * clusters; i < items;
          i += 2 * clusters, ++count) {
       const Item item(p, i);
-      if constexpr (kThen != Then::gate) group.look_up(item);
+      group.look_up(item);
       group.multiply(count);
       group.store(item);
     }
@@ -528,19 +581,29 @@ bool fits(const SkinnyArgs& a, const RopeKvWrite& write) {
          is_vector_aligned(rope.k_norm.weight, 0);
 }
 
+bool has_smem(const Card& card) {
+  return card.max_smem >= std::max(large_smem(128), large_smem(192));
+}
+
 }  // namespace
 
 bool fuses_large(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card) {
   const bool is_gate = a.gated && a.act == Activation::silu && a.out_features % 2 == 0;
   return card.arch == 90 && (rope != nullptr ? fits(a, *rope) : is_gate) &&
          a.norm.weight == nullptr && !a.accumulate && a.in_features % kAtom == 0 &&
-         a.x_stride % 8 == 0 && a.out_dtype == a.dtype && a.rows >= kTileRows &&
-         card.max_smem >= std::max(large_smem(128), large_smem(192));
+         a.x_stride % 8 == 0 && a.out_dtype == a.dtype && a.rows >= kTileRows && has_smem(card);
+}
+
+bool makes_units_large(const SkinnyArgs& a, const Card& card) {
+  return card.arch == 90 && a.out_dtype == DType::f32 && a.norm.weight == nullptr && !a.gated &&
+         a.in_features % kAtom == 0 && a.x_stride % 8 == 0 && a.rows >= kTileRows && has_smem(card);
 }
 
 void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card,
                        cudaStream_t stream) {
-  check_invariant(fuses_large(a, rope, card), "linear_large: made for other products");
+  const bool units = a.units.units != nullptr;
+  check_invariant(units ? makes_units_large(a, card) : fuses_large(a, rope, card),
+                  "linear_large: made for other products");
   dispatch_16bit(a.dtype, "linear", [&](auto type) {
     using T = decltype(type);
     const auto with_cluster = [&](auto cluster) {
@@ -554,14 +617,15 @@ void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card&
         return launch_large<T, 128, Then::rope_128, kCluster>(a, r, card, stream);
       }
       const int clusters = std::max(1, card.num_sms / kCluster);
-      switch (large_columns(a.rows, a.out_features, clusters, kCluster)) {
-        case 128:
-          return launch_large<T, 128, Then::gate, kCluster>(a, {}, card, stream);
-        case 160:
-          return launch_large<T, 160, Then::gate, kCluster>(a, {}, card, stream);
-        default:
-          return launch_large<T, 192, Then::gate, kCluster>(a, {}, card, stream);
-      }
+      const int columns = large_columns(a.rows, a.out_features, clusters, kCluster);
+      const auto with_columns = [&](auto then) {
+        constexpr Then kThen = decltype(then)::value;
+        if (columns == 128) return launch_large<T, 128, kThen, kCluster>(a, {}, card, stream);
+        if (columns == 160) return launch_large<T, 160, kThen, kCluster>(a, {}, card, stream);
+        launch_large<T, 192, kThen, kCluster>(a, {}, card, stream);
+      };
+      if (units) return with_columns(std::integral_constant<Then, Then::units>{});
+      with_columns(std::integral_constant<Then, Then::gate>{});
     };
     if (has_clusters()) return with_cluster(std::integral_constant<int, 2>{});
     with_cluster(std::integral_constant<int, 1>{});

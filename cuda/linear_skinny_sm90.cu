@@ -346,8 +346,8 @@ struct Tile {
   Place place;  // of the present stage
   float acc[kBlocks][kTiles][4];
   uint32_t before[kBlocks][kWide ? 1 : kTiles][4] = {};  // bits of T; few, so registers are enough
-  float factor[kWide ? 1 : kTiles][2] = {};  // units of logits: of the softmax, of this lane's rows
-  int group, warp;                           // of the group
+  UnitRow unit_rows[kWide ? 1 : kTiles][2];              // units of logits: this lane's rows
+  int group, warp;                                       // of the group
 
   __device__ Tile(const Params& params, const Memory& m, int my_group, int my_warp, int lane)
       : p(params), memory(m), group(my_group), warp(my_warp) {
@@ -360,7 +360,7 @@ struct Tile {
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         if (const int row = row_of(t, i, lane); row < p.plan.rows)
-          factor[t][i] = softmax_factor(rows[row]);
+          unit_rows[t][i] = UnitRow(rows[row]);
   }
   // Another group's tile.
   __device__ __forceinline__ void skip() {
@@ -470,9 +470,10 @@ struct Tile {
   }
   __device__ __forceinline__ void store_narrow(int tile, int lane) const {
     if constexpr (kIsF32) {
-      for_each(tile, lane, [&](int b, int t, int i, int col, int64_t at) {
-        static_cast<float*>(p.a.out)[at] = with_bias<T>(p.a, acc[b][t][i], col);
-      });
+      if (!p.a.units.only)
+        for_each(tile, lane, [&](int b, int t, int i, int col, int64_t at) {
+          static_cast<float*>(p.a.out)[at] = with_bias<T>(p.a, acc[b][t][i], col);
+        });
       if (p.a.units.units != nullptr) store_units_narrow(tile, lane);
     } else if (p.a.gated) {
       store_gated(tile, lane);
@@ -484,8 +485,8 @@ struct Tile {
       });
     }
   }
-  // Calls f(pair of strips, row of x, acc of the one, of the other, factor of the row) for the
-  // pairs of which this lane has a column each.
+  // Calls f(pair of strips, row of x, acc of the one, of the other, t, i) for the pairs of which
+  // this lane has a column each.
   template <typename F>
   __device__ __forceinline__ void for_each_pair(int lane, const F& f) const {
 #pragma unroll
@@ -494,11 +495,11 @@ struct Tile {
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          f(4 * b + warp, row_of(t, i, lane), acc[b][t][i], acc[b][t][i + 2], factor[t][i]);
+          f(4 * b + warp, row_of(t, i, lane), acc[b][t][i], acc[b][t][i + 2], t, i);
   }
   // The gate's strip stands before the other half's.
   __device__ __forceinline__ void store_gated(int tile, int lane) const {
-    for_each_pair(lane, [&](int pair, int row, float gate, float other, float) {
+    for_each_pair(lane, [&](int pair, int row, float gate, float other, int, int) {
       const int col = kStripRows * (tile * p.plan.tile / 2 + pair) + lane / 4;
       if (2 * pair >= p.plan.tile || !is_mine(row, col)) return;
       static_cast<T*>(p.a.out)[place_of(row, col)] =
@@ -507,7 +508,7 @@ struct Tile {
     });
   }
   __device__ __forceinline__ void store_units_narrow(int tile, int lane) const {
-    for_each_pair(lane, [&](int pair, int row, float low, float high, float by) {
+    for_each_pair(lane, [&](int pair, int row, float low, float high, int t, int i) {
       const int strip = 2 * pair, col = kStripRows * (tile * p.plan.tile + strip);
       float v[2] = {low, high};
 #pragma unroll
@@ -515,9 +516,10 @@ struct Tile {
         const int mine = col + kStripRows * j + lane / 4;
         v[j] = mine < p.n ? with_bias<T>(p.a, v[j], mine) : -INFINITY;
       }
-      const LogitUnit unit = logit_unit<4>(v, by);
-      if (lane / 4 == 0 && strip < p.plan.tile && is_mine(row, col))
-        p.a.units.units[row * logit_units(p.n) + col / kUnitLogits] = unit;
+      LogitUnit unit;
+      if (logit_unit<4>(v, unit_rows[t][i], lane / 4, unit) && strip < p.plan.tile &&
+          is_mine(row, col))
+        p.a.units.units[row * logit_units(p.n) + col / kUnitTokens] = unit;
     });
   }
 
@@ -558,7 +560,8 @@ struct Tile {
       });
     if constexpr (kIsF32) {
       if (p.a.units.units != nullptr) store_units_wide(tile, lane);
-      return store_f32(tile, lane);
+      if (!p.a.units.only) store_f32(tile, lane);
+      return;
     }
     __syncwarp();  // the tile before is stored
     for_each_sum(lane, [&](float sum, int row, int strip, int in_strip) {
@@ -571,27 +574,13 @@ struct Tile {
       finish<false>(tile, lane);
     }
   }
-  // Of two strips each, of four such a lane one.
   __device__ __forceinline__ void store_units_wide(int tile, int lane) const {
+    const int first = kStripRows * kTiles * tile;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = row_of(0, i, lane);
-      LogitUnit mine{};
-#pragma unroll
-      for (int t = 0; t < kTiles; t += 2) {
-        float v[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int col = kStripRows * (tile * kTiles + t + j / 2) + lane % 4 * 2 + j % 2;
-          v[j] = col < p.n ? acc[0][t + j / 2][2 * i + j % 2] : -INFINITY;
-        }
-        const LogitUnit unit = logit_unit<1>(v, factor[0][i]);
-        if (lane % 4 == t / 2 % 4) mine = unit;
-        if (t % 8 < 6 && t + 2 < kTiles) continue;
-        const int at = (tile * kTiles + t / 8 * 8) / 2 + lane % 4;
-        if (lane % 4 <= t / 2 % 4 && is_mine(row, kUnitLogits * at))
-          p.a.units.units[(first_row(p) + row) * logit_units(p.n) + at] = mine;
-      }
+      store_units(acc[0], i, unit_rows[0][i], first, p.n, is_mine(row, first),
+                  p.a.units.units + (first_row(p) + row) * logit_units(p.n));
     }
   }
   // Never gated; four strips at a time, so that stores are of whole lines: 32 bytes at a time, as

@@ -1,9 +1,10 @@
 // The sampler; what it computes is told at the top of cpu/sampling.cpp, with which it agrees token
 // for token, up to rounding at the boundary of a draw:
 //   raw log-probabilities, ranks; bias -> mask -> penalties -> temperature -> top-k -> top-p ->
-//   min-p -> the first token at which the running sum of p exceeds u times the whole.
-// logits: [rows, vocab] fp32, never written. Of every 16 neighbours, a unit, the maximum and the
-// mass (logit_units.cuh) come with the logits, or are made here. A row is cut into 32 segments:
+//   min-p -> draw (core/philox.h).
+// logits: [rows, vocab] fp32, never written. Of every 16 neighbours, a unit, the maximum, the mass
+// and the choice (logit_units.cuh) come with the logits, or instead, or are made here. A row is cut
+// into 32 segments:
 //   units_kernel    32 blocks a row: units, where they are not there. Only if all rows are plain,
 //                   that is, greedy, or drawn at a temperature and nothing else; then follows
 //   draw_kernel     1 block a row, a warp a segment: the unit, the token. Else:
@@ -14,7 +15,7 @@
 //                   by distance from the maximum, in bins of 1/64 nat.
 //   list_kernel     as many: the tokens up to the bin in which the row is cut, if they are few.
 //   choose_kernel   as draw_kernel: the cut, the draw, the scores.
-// draw_kernel reads half a byte a logit, and 16 logits, and is bound by latency. Kernels that make
+// draw_kernel reads half a byte a logit, and is bound by latency. Kernels that make
 // units or score read each logit once, which bounds them; narrowed rows are read three times, and
 // where the tokens that are kept are too many to list, some times more by one block. Masses that
 // decide a cut are integers, so atomics may add them in any order; all other sums have a fixed one.
@@ -89,9 +90,11 @@ __device__ void each_four(const float* x, int32_t begin, int32_t end, F f) {
 }
 
 __device__ void store_unit(const Sampler& s, int row, int32_t at, int32_t end, const float4& v,
-                           float factor) {
-  const LogitUnit unit = logit_unit(v, factor);
-  if (at < end && at % kUnitLogits == 0) s.units_of(row)[at / kUnitLogits] = unit;
+                           const UnitRow& how) {
+  LogitUnit unit;
+  const bool stores = logit_unit(v, how, unit);
+  const int32_t number = at / kUnitTokens;
+  if (stores && number * kUnitTokens < end) s.units_of(row)[number] = unit;
 }
 
 // z[begin, end) = the logits after bias, mask and penalties. What is masked stays at -infinity (or
@@ -131,10 +134,10 @@ __global__ void __launch_bounds__(kSegmentThreads) units_kernel(Sampler s) {
   let_next_start();
   const int row = static_cast<int>(blockIdx.x), segment = static_cast<int>(blockIdx.y);
   if (s.is_padding(row)) return;
-  const float factor = softmax_factor(s.step->sampling[s.first + row]);
+  const UnitRow how(s.step->sampling[s.first + row]);
   const int32_t end = s.begin(segment + 1);
   each_four(s.raw(row), s.begin(segment), end,
-            [&](int32_t at, const float4& v) { store_unit(s, row, at, end, v, factor); });
+            [&](int32_t at, const float4& v) { store_unit(s, row, at, end, v, how); });
 }
 
 // Grid: [rows, kSegments].
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 4) segment_kernel(Sampler s) 
   const int32_t begin = s.begin(segment), end = s.begin(segment + 1);
   const float* const raw = s.raw(row);
   if (processed) process(s, r, raw, s.copy(row), begin, end);
-  const float factor = softmax_factor(r);
+  const UnitRow how(r);
   float top = -kInf, raw_top = -kInf;
   double raw_mass = 0;                                    // under the thread's own maximum
   const auto add_max = [](float& max, const float4& v) {  // not NaN
@@ -174,7 +177,7 @@ __global__ void __launch_bounds__(kSegmentThreads, 4) segment_kernel(Sampler s) 
     });
   if (narrowed || makes_units)
     each_four(processed ? s.copy(row) : raw, begin, end, [&](int32_t at, const float4& v) {
-      if (makes_units) store_unit(s, row, at, end, v, factor);
+      if (makes_units) store_unit(s, row, at, end, v, how);
       add_max(top, v);
     });
   if (!narrowed && !scored) return;
@@ -289,6 +292,21 @@ __device__ int32_t fallback(const Sampler& s, const SamplingRow& r, const float*
   return static_cast<int32_t>(block_reduce(best, Min{}));
 }
 
+// The tournament of the unit in which the token is, by weights.
+template <typename W>
+__device__ int32_t play(const SamplingRow& r, const float* z, int32_t vocab, W weight,
+                        int32_t token) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, number = lane % kUnitTokens;
+  const RoundDraws draws = philox_rounds(r.seed, r.choice, static_cast<uint32_t>(r.position));
+  const int32_t id = token / kUnitTokens * kUnitTokens + number;
+  UnitSide side{id < vocab ? weight(clean(z[id]), id) : 0.0f, number};
+#pragma unroll
+  for (int i = 0; i < kUnitRounds; ++i)
+    side.meet(draws.v[i], 1 << round_bit(i), (number >> round_bit(i) & 1) == 0);
+  const unsigned standing = __ballot_sync(kAllLanes, side.stands);  // in each half of the warp
+  return __shfl_sync(kAllLanes, id, __ffs(static_cast<int>(standing)) - 1);
+}
+
 // A draw from what top-k, top-p and min-p leave.
 __device__ int32_t choose_narrowed(const Sampler& s, const SamplingRow& r, int row, const float* z,
                                    BinnedSoftmax softmax, double u, Shared& sh) {
@@ -303,7 +321,7 @@ __device__ int32_t choose_narrowed(const Sampler& s, const SamplingRow& r, int r
   }
   if (top_p) cut = selector.cut(top_p_goal(r, cut.mass));
   const Weight weight{softmax, r.min_p, cut.last};
-  if (listed == 0) return find_in_row(s, z, weight, u, sh);
+  if (listed == 0) return play(r, z, s.vocab, weight, find_in_row(s, z, weight, u, sh));
 
   // Ids ascend, as in the row.
   const auto swap = [](uint64_t v) { return v << 32 | v >> 32; };
@@ -319,7 +337,7 @@ __device__ int32_t choose_narrowed(const Sampler& s, const SamplingRow& r, int r
   for (int i = static_cast<int>(threadIdx.x); i < listed; i += kChooseThreads)
     mass += static_cast<double>(weight_of(i));
   const int32_t found = find_index(0, listed, weight_of, u * block_reduce(mass, Add{}), sh);
-  return static_cast<int32_t>(sh.items[found] >> 32);
+  return play(r, z, s.vocab, weight, static_cast<int32_t>(sh.items[found] >> 32));
 }
 
 // A row's units, a segment a warp, neighbours a lane.
@@ -328,25 +346,25 @@ class Units {
   // All on the way at once; more than these only of vocabularies beyond 160 000.
   __device__ Units(const Sampler& s, int row)
       : units_(s.units_of(row)),
-        of_segment_(s.segment / kUnitLogits),
+        of_segment_(s.segment / kUnitTokens),
         of_lane_((of_segment_ + 63) / 64 * 2),
         begin_(warp() * of_segment_ + lane() * of_lane_),
         end_(min(min(begin_ + of_lane_, (warp() + 1) * of_segment_),
-                 (s.vocab + kUnitLogits - 1) / kUnitLogits)) {
+                 (s.vocab + kUnitTokens - 1) / kUnitTokens)) {
     load(begin_);
   }
 
   // By all warps. Masses only where there is something to draw.
   __device__ void sum_up(float factor, bool with_mass, Segments& segments) {
     float top = -kInf;
-    int32_t unit = kMaxInt;
+    int32_t token = kMaxInt;
     mass_ = 0;
     for (int32_t from = begin_; from < end_; from += kBatch) {
       if (from > begin_) load(from);
       const float before = top;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (batch_[i].max > top) unit = from + i;
+        if (batch_[i].max > top) token = (from + i) * kUnitTokens + batch_[i].choice();
         top = fmaxf(top, batch_[i].max);
       }
       if (!with_mass) continue;
@@ -354,12 +372,12 @@ class Units {
       float sum = 0;
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        sum = __fmaf_rn(batch_[i].mass, softmax.p(batch_[i].max), sum);
+        sum = __fmaf_rn(batch_[i].mass(), softmax.p(batch_[i].max), sum);
       mass_ = fma(mass_, static_cast<double>(softmax.p(before)), static_cast<double>(sum));
     }
     const float max = value_of(__reduce_max_sync(kAllLanes, key_of(top)));
     const auto first =
-        __reduce_min_sync(kAllLanes, static_cast<uint32_t>(top == max ? unit : kMaxInt));
+        __reduce_min_sync(kAllLanes, static_cast<uint32_t>(top == max ? token : kMaxInt));
     double mass = 0;
     if (with_mass) {
       mass_ *= static_cast<double>(Softmax{max, factor}.p(top));
@@ -367,15 +385,15 @@ class Units {
     }
     if (lane() == 0) {
       segments.max[warp()] = max;
-      segments.unit[warp()] = static_cast<int32_t>(first);
+      segments.first[warp()] = static_cast<int32_t>(first);
       segments.mass[warp()] = mass;
     }
     __syncthreads();
   }
 
-  // By all warps: the token at which the running sum exceeds u times the whole, in `found`.
-  __device__ void draw(const float* z, int32_t vocab, Softmax row, double u, Segments& segments,
-                       int32_t& found) const {
+  // By all warps: the choice of the unit at which the running sum exceeds u times the whole, in
+  // `found`.
+  __device__ void draw(Softmax row, double u, Segments& segments, int32_t& found) const {
     if (warp() == 0) {
       const double below =
           static_cast<double>(segments.max[lane()]) - static_cast<double>(row.base);
@@ -385,7 +403,7 @@ class Units {
     __syncthreads();
     if (warp() == segments.drawn) {
       const Softmax segment{segments.max[warp()], row.factor};
-      const int32_t token = find(z, vocab, segment, segments.left);
+      const int32_t token = find(segment, segments.left);
       if (lane() == 0) found = token;
     }
     __syncthreads();
@@ -393,7 +411,7 @@ class Units {
 
  private:
   // By the warp of the segment in which the draw lies, `left` in units of its maximum: the token.
-  __device__ int32_t find(const float* z, int32_t vocab, Softmax segment, double left) const {
+  __device__ int32_t find(Softmax segment, double left) const {
     const int owner = pick_lane(mass_, left);
     const int32_t begin = __shfl_sync(kAllLanes, begin_, owner),
                   end = __shfl_sync(kAllLanes, end_, owner);
@@ -404,19 +422,15 @@ class Units {
     for (int32_t from = begin; from < end; from += 32) {
       LogitUnit unit{-kInf, 0};
       if (from + lane() < end) unit = units_[from + lane()];
-      const double own = static_cast<double>(unit.mass) * static_cast<double>(segment.p(unit.max));
+      const double own =
+          static_cast<double>(unit.mass()) * static_cast<double>(segment.p(unit.max));
       const double sum = warp_reduce(own, Add{});
       if (sum > 0) mine = unit, mass = own, left_there = left, first = from;
       if (left < sum) break;
       left -= sum;
     }
     const int at = pick_lane(mass, left_there);
-    const Softmax unit{__shfl_sync(kAllLanes, mine.max, at), segment.factor};
-    left_there /= static_cast<double>(segment.p(unit.base));
-    const int32_t id = (first + at) * kUnitLogits + lane();
-    float p = 0;
-    if (lane() < kUnitLogits && id < vocab) p = unit.p(clean(z[id]));
-    return __shfl_sync(kAllLanes, id, pick_lane(static_cast<double>(p), left_there));
+    return (first + at) * kUnitTokens + __shfl_sync(kAllLanes, mine.choice(), at);
   }
 
   static constexpr int kBatch = 10;
@@ -428,8 +442,9 @@ class Units {
     for (int i = 0; i < kBatch; i += 2) {
       float4 two{-kInf, 0, -kInf, 0};
       if (from + i < end_) two = *reinterpret_cast<const float4*>(units_ + from + i);
-      batch_[i] = {two.x, two.y};
-      batch_[i + 1] = from + i + 1 < end_ ? LogitUnit{two.z, two.w} : LogitUnit{-kInf, 0};
+      batch_[i] = {two.x, __float_as_uint(two.y)};
+      batch_[i + 1] =
+          from + i + 1 < end_ ? LogitUnit{two.z, __float_as_uint(two.w)} : LogitUnit{-kInf, 0};
     }
   }
 
@@ -439,23 +454,17 @@ class Units {
   double mass_ = 0;  // the lane's, under the segment's maximum
 };
 
-// A row's largest logit.
+// A row's largest logit, and the first token that has it, if the row is greedy or it is infinite.
 struct Best {
   float value;
-  int32_t unit;
+  int32_t token;
 
   __device__ explicit Best(const Segments& segments) {
     const int lane = threadIdx.x % 32;
     const uint64_t order =
-        warp_reduce(order_of(key_of(segments.max[lane]), segments.unit[lane]), Min{});
+        warp_reduce(order_of(key_of(segments.max[lane]), segments.first[lane]), Min{});
     value = value_of(~static_cast<uint32_t>(order >> 32));
-    unit = static_cast<int32_t>(order);
-  }
-  // The lowest token that has it.
-  __device__ int32_t token(const float* z, int32_t vocab) const {
-    const int32_t lane = static_cast<int32_t>(threadIdx.x) % 32, id = unit * kUnitLogits + lane;
-    const bool has = lane < kUnitLogits && id < vocab && z[id] == value;
-    return unit * kUnitLogits + __ffs(static_cast<int>(__ballot_sync(kAllLanes, has))) - 1;
+    token = static_cast<int32_t>(order);
   }
 };
 
@@ -470,11 +479,13 @@ __device__ int32_t choose(const Sampler& s, const SamplingRow& r, int row, Share
   units.sum_up(factor, !is_greedy(r) && !narrowed, sh.segments);
   const Best best(sh.segments);
   if (best.value == -kInf) return fallback(s, r, s.raw(row));
-  const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
-  if (is_greedy(r) || best.value == kInf) return best.token(z, s.vocab);
+  if (is_greedy(r) || best.value == kInf) return best.token;
   const BinnedSoftmax softmax{{best.value, factor}};
-  if (narrowed) return choose_narrowed(s, r, row, z, softmax, uniform_of(r), sh);
-  units.draw(z, s.vocab, softmax, uniform_of(r), sh.segments, sh.found);
+  if (narrowed) {
+    const float* z = is_processed(r) ? s.copy(row) : s.raw(row);
+    return choose_narrowed(s, r, row, z, softmax, uniform_of(r), sh);
+  }
+  units.draw(softmax, uniform_of(r), sh.segments, sh.found);
   return sh.found;
 }
 
@@ -492,7 +503,6 @@ __global__ void __launch_bounds__(kChooseThreads) draw_kernel(Sampler s) {
   const float factor = softmax_factor(r);
   const double u = greedy ? 0 : uniform_of(r);
   int32_t* const host_ids = s.step->host_ids;
-  const float* const z = s.raw(row);
   wait_for_previous();
   let_next_start();
   Units units(s, row);
@@ -500,9 +510,9 @@ __global__ void __launch_bounds__(kChooseThreads) draw_kernel(Sampler s) {
   const Best best(segments);
   int32_t token = 0;  // where there is nothing but -infinity
   if (greedy || isinf(best.value)) {
-    if (best.value > -kInf) token = best.token(z, s.vocab);
+    if (best.value > -kInf) token = best.token;
   } else {
-    units.draw(z, s.vocab, {best.value, factor}, u, segments, found);
+    units.draw({best.value, factor}, u, segments, found);
     token = found;
   }
   if (threadIdx.x != 0) return;
@@ -667,7 +677,7 @@ void sum_up_logits(const float* logits, int64_t logits_stride, int64_t rows, int
 
 void sample(const float* logits, int64_t logits_stride, int64_t rows, int64_t vocab,
             const StepInputs* step, int32_t first, bool has_units, bool plain,
-            const SampleOutputs& out, void* workspace, const Card&, cudaStream_t stream) {
+            const SampleOutputs& out, void* workspace, cudaStream_t stream) {
   check_sampled(rows, vocab);
   check_arg(first >= 0, "sample: first row ", first, " is below 0");
   check_arg(out.token_ids != nullptr, "sample: no place for token_ids");

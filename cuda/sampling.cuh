@@ -193,8 +193,8 @@ struct Cut {
 // Of a row, a warp each, and where in it a draw lies.
 struct Segments {
   float max[kSegments];
-  int32_t unit[kSegments];  // the first that has the maximum
-  double mass[kSegments];   // under it
+  int32_t first[kSegments];  // token that has the maximum, or one of its unit (see LogitUnit)
+  double mass[kSegments];    // under it
   int32_t drawn;
   double left;  // mass of that one which lies before the draw
 };

@@ -42,9 +42,9 @@ struct Sampling {
   void run(float* logits, bool has_units, const Bench& b) const {
     const SampleOutputs out{ids.data(), logprobs.data(), ranks.data(), nullptr, nullptr, 0};
     sample(logits, vocab, rows, vocab, step.data(), 0, has_units, plain, out, workspace.data(),
-           b.card, b.timer.stream());
+           b.timer.stream());
   }
-  LogitUnits units() const { return {sample_units(workspace.data()), step.data(), 0}; }
+  LogitUnits units() const { return {sample_units(workspace.data()), step.data(), 0, plain}; }
 };
 
 double sample_us(Bench& b, int64_t rows, int64_t vocab, const SamplingRow& row) {

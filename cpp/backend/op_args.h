@@ -107,7 +107,8 @@ struct LinearArgs {
   const RopeKvWrite* rope = nullptr;
   // Not null: out (fp32) are logits, of sampling rows from first_sampled on. If the next one to use
   // them is sample(), nobody has changed them until then: a backend may sum up for it what it
-  // writes.
+  // writes. Of plain rows (StepInputs::plain_sampling) sample() is the only one to use them: a
+  // backend need not write them at all.
   const StepInputs* sampled = nullptr;
   int32_t first_sampled = 0;
   // Rows behind those of x and out that may be read and written: their values are nobody's.

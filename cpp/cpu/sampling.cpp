@@ -1,6 +1,6 @@
 // The sampler, one row (a whole vocabulary) at a time:
 //   raw log-probabilities and ranks -> bias -> mask -> penalties -> temperature -> top-k -> top-p
-//   -> min-p -> draw by the inverse CDF in the order of token ids.
+//   -> min-p -> draw (core/philox.h): the inverse CDF in the order of token ids, then a tournament.
 //
 // Penalties are Hugging Face's and vLLM's: repetition divides positive logits and multiplies
 // negative ones, presence and frequency subtract. top-k keeps exactly k tokens (ties: lower ids
@@ -207,8 +207,32 @@ class RowSampler {
     if (row_.min_p > 0) {  // the most likely token has p = 1
       for (int64_t i = 0; i < n_; ++i) ws_.p[i] = ws_.p[i] < row_.min_p ? 0 : ws_.p[i];
     }
-    return inverse_cdf(
-        philox_uniform(row_.seed, row_.choice, static_cast<uint32_t>(row_.position)));
+    const auto position = static_cast<uint32_t>(row_.position);
+    const int32_t at = inverse_cdf(philox_uniform(row_.seed, row_.choice, position));
+    return play(at / kUnitTokens, philox_rounds(row_.seed, row_.choice, position));
+  }
+
+  // The tournament's winner in a unit.
+  int32_t play(int32_t unit, const RoundDraws& draws) const {
+    float p[kUnitTokens] = {};  // of all that have met on the token's side; after a round, of the
+                                // lower one's place
+    int32_t winner[kUnitTokens];
+    for (int32_t i = 0; i < kUnitTokens; ++i) {
+      winner[i] = unit * kUnitTokens + i;
+      if (winner[i] < n_) p[i] = ws_.p[winner[i]];
+    }
+    int met = 0;  // bits in which nobody differs any more
+    for (int r = 0; r < kUnitRounds; ++r) {
+      const int bit = 1 << round_bit(r);
+      met |= bit;
+      for (int low = 0; low < kUnitTokens; ++low) {
+        if ((low & met) != 0) continue;
+        const float both = p[low] + p[low | bit];
+        if (!low_side_wins(draws.v[r], p[low], both)) winner[low] = winner[low | bit];
+        p[low] = both;
+      }
+    }
+    return winner[0];
   }
 
   void fill_bins(const float* z, float best, float factor) {

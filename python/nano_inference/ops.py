@@ -682,9 +682,8 @@ def sample(
 ) -> Tensor:
     """A token id a row, int32 [rows]: temperature (0: the most likely token), then top-k (0: off),
     top-p (1: off; Holtzman et al., "The curious case of neural text degeneration", 2020), min-p (0:
-    off; Nguyen et al., 2024), then the inverse of the cumulative distribution at a number that
-    Philox (Salmon et al., 2011) gives for (seed, position): the same row draws the same token
-    whatever stands beside it.
+    off; Nguyen et al., 2024), then a draw by numbers that Philox (Salmon et al., 2011) gives for
+    (seed, position): the same row draws the same token whatever stands beside it.
 
     logits [rows, vocab] float32. On the CPU, [rows] each: temperature, top_p, min_p float32, top_k
     and positions int32, seeds int64."""

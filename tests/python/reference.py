@@ -218,9 +218,41 @@ def philox4x32(key: int, counter: tuple[int, int, int, int]) -> list[int]:
 
 
 def uniform(seed: int, choice: int, position: int) -> float:
-    """The draw of a token, in [0, 1): 53 bits of the first two words."""
+    """Where the unit of 16 tokens is drawn, in [0, 1): 53 bits of the first two words."""
     word = philox4x32(seed, (position, choice, 0, 0))
     return float((word[0] << 32 | word[1]) >> 11) * 2.0**-53
+
+
+def rounds(seed: int, choice: int, position: int) -> dict[int, float]:
+    """By bit of a token's id, 24 bits of a word: in the unit's tournament those meet first that
+    differ in bit 3, then in bit 0, 1 and 2; the side whose bit is 0 wins if the number is less
+    than its share."""
+    words = philox4x32(seed, (position, choice, 1, 0))
+    return {bit: (word >> 8) * 2.0**-24 for bit, word in zip((3, 0, 1, 2), words, strict=True)}
+
+
+def drawn(p: Doubles, key: tuple[int, int, int], near: float) -> set[int]:
+    """The tokens that a draw of (seed, choice, position) may be: one, except where a number lies
+    within `near` of a boundary, so that rounding decides."""
+    u, draws = uniform(*key), rounds(*key)
+    padded = np.zeros(-(-len(p) // 16) * 16)
+    padded[: len(p)] = p / p.sum()
+    units = padded.reshape(-1, 16)
+    after = np.cumsum(units.sum(axis=1))
+    before = after - units.sum(axis=1)
+    found: set[int] = set()
+    for unit in np.flatnonzero((before < after) & (before - near <= u) & (u < after + near)):
+        left = [np.arange(16)]  # those who may be the winner, told from the last round back
+        for bit in (2, 1, 0, 3):
+            split = []
+            for ids in left:
+                low, high = ids[ids >> bit & 1 == 0], ids[ids >> bit & 1 == 1]
+                share = units[unit, low].sum() / units[unit, ids].sum()
+                split += [low] if share > 0 and draws[bit] < share + near else []
+                split += [high] if share < 1 and draws[bit] >= share - near else []
+            left = split
+        found |= {int(unit) * 16 + int(ids[0]) for ids in left}
+    return found
 
 
 def log_softmax(logits: Array) -> Doubles:

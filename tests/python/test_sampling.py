@@ -1,5 +1,5 @@
-"""The sampler against reference.py: the same processing in float64, Philox from its paper and an
-inverse CDF, on every device of this machine. A draw is compared token by token; where the uniform
+"""The sampler against reference.py: the same processing in float64, Philox from its paper and the
+draw that core/philox.h tells of, on every device of this machine. A draw is compared token by token; where the uniform
 number or a cut lies so close to a boundary that rounding decides, either side is right, and that
 may happen only rarely."""
 
@@ -38,15 +38,13 @@ def random_logits(seed: int, rows: int, vocab: int, spread: float = 3.0) -> Arra
 
 def accepted(logits: Array, row: Row) -> set[int]:
     """The tokens that are right: one, except next to a boundary."""
-    u = ref.uniform(row.get("seed", 0), row.get("choice", 0), row.get("position", 0))
+    key = (row.get("seed", 0), row.get("choice", 0), row.get("position", 0))
     tokens: set[int] = set()
     for shift in (1, 1 - NEAR, 1 + NEAR):
         moved = dict(row, top_p=row.get("top_p", 1.0), min_p=row.get("min_p", 0.0) * shift)
         if moved["top_p"] < 1:
             moved["top_p"] *= shift
-        p = ref.probabilities(logits, moved)
-        after = np.cumsum(p)
-        tokens |= set(np.flatnonzero((p > 0) & (after - p - NEAR <= u) & (u < after + NEAR)))
+        tokens |= ref.drawn(ref.probabilities(logits, moved), key, NEAR)
     return tokens
 
 
@@ -82,8 +80,9 @@ def test_philox_reference() -> None:
 @each_device
 def test_key_of_a_draw(device: str) -> None:
     """Seed (64 bits), choice (32 bits) and position each enter the draw, and nothing else does:
-    over equally likely tokens the token is floor(u * vocab)."""
-    rng, vocab = np.random.default_rng(1), 1000
+    over equally likely tokens the unit is floor(u * units), and the bits of the token in it are
+    those of the rounds' numbers."""
+    rng, units = np.random.default_rng(1), 63
     keys = [
         (0, 0, 0),
         (1, 0, 0),
@@ -97,11 +96,12 @@ def test_key_of_a_draw(device: str) -> None:
         for _ in range(300)
     ]
     rows = [dict(seed=s, choice=c, position=p) for s, c, p in keys]
-    got = sample(device, np.zeros((len(rows), vocab), np.float32), rows)["token_ids"]
+    got = sample(device, np.zeros((len(rows), 16 * units), np.float32), rows)["token_ids"]
     u = np.array([ref.uniform(*key) for key in keys])
-    clear = np.abs(u * vocab - np.round(u * vocab)) > 1e-3
+    in_unit = [sum((d >= 0.5) << bit for bit, d in ref.rounds(*key).items()) for key in keys]
+    clear = np.abs(u * units - np.round(u * units)) > 1e-3
     assert clear.sum() > 0.95 * len(rows)
-    np.testing.assert_array_equal(got[clear], np.floor(u * vocab)[clear])
+    np.testing.assert_array_equal(got[clear], (16 * np.floor(u * units) + in_unit)[clear])
 
 
 # -- Each parameter -------------------------------------------------------------------------------

@@ -355,9 +355,7 @@ def test_sample(device: str) -> None:
         t, top_k, top_p, min_p, seed, position = (p[i].item() for p in parameters)
         row = dict(temperature=t, top_k=top_k, top_p=top_p, min_p=min_p)
         p = ref.probabilities(logits[i].cpu().numpy(), row)
-        u = ref.uniform(seed % 2**64, 0, position)
-        after = np.cumsum(p)
-        right = np.flatnonzero((p > 0) & (after - p - 1e-4 <= u) & (u < after + 1e-4))
+        right = ref.drawn(p, (seed % 2**64, 0, position), 1e-4)
         unclear += len(right) > 1
         assert int(got[i]) in right
     assert unclear < rows / 5, "the comparison proves nothing"

@@ -216,7 +216,6 @@ TEST(CudaBackend, TheSamplerTakesSumsOfItsOwnLogitsOnly) {
   const Buffer sampling = filled({bytes, bytes + sampled.size() * sizeof(SamplingRow)});
   StepInputs in;
   in.num_logits = kRows;
-  in.plain_sampling = true;
   in.sampling = reinterpret_cast<const SamplingRow*>(sampling.data());
   const auto* step = reinterpret_cast<const char*>(&in);
   const Buffer device = filled({step, step + sizeof(in)});
@@ -268,6 +267,20 @@ TEST(CudaBackend, TheSamplerTakesSumsOfItsOwnLogitsOnly) {
     backend.upload(host.data(), out.data(), host.size() * 4);
     const bool has_sums = !is_used && this_card().arch == 90;
     EXPECT_EQ(tokens(), has_sums ? first : std::vector<int32_t>(kRows, 7));
+  }
+  // Of plain rows nobody else reads the logits: on Hopper they are not even written.
+  in.plain_sampling = true;
+  std::fill(host.begin(), host.end(), 5.0f);
+  backend.upload(host.data(), out.data(), host.size() * 4);
+  multiply(rows, &in);
+  if (this_card().arch == 90) {
+    EXPECT_EQ(likeliest(), std::vector<int32_t>(kRows, 0)) << "written";
+  }
+  EXPECT_EQ(tokens(), first);
+  multiply(rows, &in);
+  in.plain_sampling = false;
+  if (this_card().arch == 90) {
+    EXPECT_THROW(tokens(), std::logic_error);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "../draw_reference.h"
 #include "device_array.h"
 
 namespace ni::test {
@@ -629,10 +630,13 @@ TEST_P(LinearTest, LogitsComeWithTheirUnits) {
       if (m > 8) x.values[static_cast<size_t>(3 * x.stride + 1)] = INFINITY;
       x.memory.fill(x.values);
     }
-    const Out out(m, n, DType::f32);
+    Out out(m, n, DType::f32);
     std::vector<SamplingRow> sampled(static_cast<size_t>(kFirst + m));
-    for (size_t r = 0; r < sampled.size(); ++r)
+    for (size_t r = 0; r < sampled.size(); ++r) {
       sampled[r].temperature = std::array{0.0f, 0.6f, 1.0f, 7.0f, 0.01f}[r % 5];
+      sampled[r].seed = 77 * r;
+      sampled[r].position = static_cast<int32_t>(r % 11);
+    }
     const DeviceArray<SamplingRow> sampling(sampled);
     StepInputs inputs;
     inputs.num_logits = static_cast<int32_t>(sampled.size());
@@ -650,37 +654,68 @@ TEST_P(LinearTest, LogitsComeWithTheirUnits) {
       if (normalises && !l->fuses(w.w, a, m)) continue;
       units.poison();
       want.poison();
-      const bool made =
-          l->run(x.tensor, w.w, a, out.tensor, nullptr, false, {units.data(), step.data(), kFirst});
+      const cuda::LogitUnits wanted{units.data(), step.data(), kFirst};
+      const bool made = l->run(x.tensor, w.w, a, out.tensor, nullptr, false, wanted);
       ASSERT_EQ(made, card_.arch == 90);
       if (!made) continue;
       cuda::sum_up_logits(static_cast<const float*>(out.tensor.data), out.stride, m, n,
                           {want.data(), step.data(), kFirst}, nullptr);
       EXPECT_TRUE(units.intact() && out.memory.intact());
       const auto got = units.read(), right = want.read();
+      const auto expect_right = [&](const std::vector<cuda::LogitUnit>& all) {
+        for (size_t i = 0; i < all.size(); ++i)
+          ASSERT_EQ(0, std::memcmp(&all[i], &right[i], sizeof(all[i])))
+              << m << " x " << n << ": row " << i / per_row << " unit " << i % per_row << ", "
+              << all[i].max << " " << all[i].mass() << " " << all[i].choice() << ", not "
+              << right[i].max << " " << right[i].mass() << " " << right[i].choice();
+      };
+      expect_right(got);
       const std::vector<float> logits = out.memory.read();
-      for (size_t i = 0; i < got.size(); ++i) {
-        if (right[i].max == INFINITY && std::isnan(right[i].mass)) {  // nobody asks for its mass
-          ASSERT_EQ(got[i].max, INFINITY) << m << " x " << n << ": row " << i / per_row;
-          continue;
-        }
-        ASSERT_EQ(0, std::memcmp(&got[i], &right[i], sizeof(got[i])))
-            << m << " x " << n << ": row " << i / per_row << " unit " << i % per_row << ", "
-            << got[i].max << " " << got[i].mass << ", not " << right[i].max << " " << right[i].mass;
-      }
+      // Alone, by every kernel that makes them.
+      out.memory.fill(std::vector<float>(logits.size(), 5.0f));
+      const auto expect_alone = [&](const auto& run) {
+        units.poison();
+        run();
+        EXPECT_TRUE(units.intact());
+        expect_right(units.read());
+        for (const float v : out.memory.read()) ASSERT_EQ(v, 5.0f) << "written";
+      };
+      cuda::LogitUnits alone = wanted;
+      alone.only = true;
+      expect_alone(
+          [&] { EXPECT_TRUE(l->run(x.tensor, w.w, a, out.tensor, nullptr, false, alone)); });
+      cuda::SkinnyArgs args = skinny_args(x, w, out);
+      args.units = alone;
+      if (!normalises && cuda::makes_units_large(args, card_))
+        expect_alone([&] { cuda::linear_large_sm90(args, nullptr, card_, nullptr); });
       for (const size_t r : {size_t{0}, static_cast<size_t>(m) / 2, static_cast<size_t>(m) - 1})
         for (size_t u = 0; 16 * u < static_cast<size_t>(n); ++u) {
           const float* z = &logits[r * static_cast<size_t>(out.stride) + 16 * u];
           const size_t count = std::min<size_t>(16, static_cast<size_t>(n) - 16 * u);
-          double max = -INFINITY, mass = 0;
-          for (size_t i = 0; i < count; ++i)
-            if (z[i] == z[i]) max = std::max(max, static_cast<double>(z[i]));
-          const double t = static_cast<double>(sampled[kFirst + r].temperature);
-          for (size_t i = 0; i < count; ++i)
-            if (z[i] == z[i]) mass += std::exp((static_cast<double>(z[i]) - max) / (t > 0 ? t : 1));
+          double max = -INFINITY;
+          size_t first = 0;  // of the largest
+          for (size_t i = count; i-- > 0;)
+            if (z[i] == z[i] && static_cast<double>(z[i]) >= max)
+              max = static_cast<double>(z[i]), first = i;
+          const SamplingRow& row = sampled[kFirst + r];
+          const auto t = static_cast<double>(row.temperature);
           const cuda::LogitUnit& unit = got[r * per_row + u];
+          const auto choice = static_cast<size_t>(unit.choice());
           ASSERT_EQ(static_cast<double>(unit.max), max) << r << " " << u;
-          ASSERT_NEAR(static_cast<double>(unit.mass), mass, 1e-4 * mass + 1e-6) << r << " " << u;
+          if (t <= 0 || max == INFINITY) {
+            ASSERT_TRUE(choice == first || max == -INFINITY) << r << " " << u;
+            continue;
+          }
+          std::vector<double> p(count);
+          double mass = 0;
+          for (size_t i = 0; i < count; ++i) {
+            if (z[i] > -INFINITY) p[i] = std::exp((static_cast<double>(z[i]) - max) / t);
+            mass += p[i];
+          }
+          ASSERT_NEAR(static_cast<double>(unit.mass()), mass, 1e-4 * mass + 1e-6) << r << " " << u;
+          if (mass > 0) {
+            ASSERT_TRUE(choice < count && wins_its_unit(p, row, choice, 1e-4)) << r << " " << u;
+          }
         }
     }
   }

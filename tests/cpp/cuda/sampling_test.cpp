@@ -6,8 +6,8 @@
 #include <numeric>
 #include <set>
 
+#include "../draw_reference.h"
 #include "core/check.h"
-#include "core/philox.h"
 #include "tests/cpp/cuda/device_array.h"
 
 namespace ni::test {
@@ -120,8 +120,7 @@ class DeviceBatch {
                             top_ids_.data(), top_logprobs_.data(), max_logprobs_};
     cuda::sample(logits_.data(), static_cast<int64_t>(stride_),
                  static_cast<int64_t>(batch_.rows.size()), static_cast<int64_t>(batch_.vocab),
-                 step_.data(), first_, has_units_, plain_, out, workspace_.data(), this_card(),
-                 stream);
+                 step_.data(), first_, has_units_, plain_, out, workspace_.data(), stream);
   }
   // As a product does that makes the logits.
   void sum_up() {
@@ -266,17 +265,8 @@ Distribution distribution(const std::vector<float>& z, const SamplingRow& row) {
   return d;
 }
 
-double uniform_of(const SamplingRow& row) {
-  return philox_uniform(row.seed, row.choice, static_cast<uint32_t>(row.position));
-}
-
-// The token's part of the inverse CDF holds u, up to rounding.
-void expect_draw(const Distribution& d, double u, size_t token) {
-  double sum = 0;
-  for (size_t i = 0; i < token; ++i) sum += d.mass[i];
-  const double tolerance = 4e-6 + d.ambiguous / d.total;
-  EXPECT_GE(u, sum / d.total - tolerance);
-  EXPECT_LE(u, (sum + d.mass[token]) / d.total + tolerance);
+void expect_draw(const Distribution& d, const SamplingRow& row, size_t token) {
+  EXPECT_TRUE(is_drawn(d.mass, row, token, 1e-5, d.ambiguous)) << token;
   if (d.ambiguous == 0) {
     EXPECT_GT(d.mass[token], 0) << "cut";
   }
@@ -298,7 +288,7 @@ void expect_tokens(const Batch& b, const std::vector<int32_t>& ids) {
       continue;
     }
     const Distribution d = distribution(z, row);
-    expect_draw(d, uniform_of(row), static_cast<size_t>(ids[r]));
+    expect_draw(d, row, static_cast<size_t>(ids[r]));
     unclear += d.ambiguous > 1e-4 * d.total;
   }
   EXPECT_LE(unclear, b.rows.size() / 10 + 1);
@@ -461,7 +451,7 @@ TEST(CudaSampling, ListsEndWhereTheyShould) {
   expect_tokens(b, sample(b).ids);
 }
 
-TEST(CudaSampling, DrawsByTheInverseCdfOfPhilox) {
+TEST(CudaSampling, DrawsAsPhiloxSays) {
   Batch b(3000);
   const std::vector<float> logits = normal_floats(b.vocab, 6, 3);
   for (int32_t i = 0; i < 300; ++i) {
@@ -816,7 +806,7 @@ TEST(CudaSampling, WrongArgumentsAreRefused) {
   DeviceBytes workspace(cuda::sample_workspace_bytes(1, 8));
   const auto call = [&](int64_t rows, int64_t vocab, int32_t first, const SampleOutputs& out) {
     cuda::sample(logits.data(), 8, rows, vocab, step.data(), first, false, false, out,
-                 workspace.data(), this_card(), nullptr);
+                 workspace.data(), nullptr);
   };
   SampleOutputs out;
   EXPECT_THROW(call(1, 8, 0, out), std::invalid_argument);  // no token_ids
