@@ -229,10 +229,10 @@ struct Group {
   }
 
   __device__ __forceinline__ void store(const Item& item) {
-    if (p.a.bias != nullptr) add_bias(item);
-    if constexpr (kThen == Then::units) {
+    if constexpr (!kGated && !kRotates<kThen>) {
       store_units_of(item);
     } else {
+      if (p.a.bias != nullptr) add_bias(item);
       if constexpr (kRotates<kThen>) turn(item);
       store_results(item);
     }
@@ -366,24 +366,24 @@ struct Group {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(unit_row(lane) + 16), "f"(how.factor) : "memory");
     __syncwarp();
   }
-  __device__ __forceinline__ void store_units_of(const Item& item) const {
+  __device__ __forceinline__ void store_units_of(const Item& item) {
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kBlocks; ++b) {
+      UnitRow rows[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int in_block = 8 * i + lane / 4;
-        const uint32_t from = unit_row(16 * b + in_block);
-        UnitRow how;
-        float* draws = how.draws.v;
+        const uint32_t from = unit_row(16 * b + 8 * i + lane / 4);
+        float* draws = rows[i].draws.v;
         asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                      : "=f"(draws[0]), "=f"(draws[1]), "=f"(draws[2]), "=f"(draws[3])
                      : "r"(from)
                      : "memory");
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(how.factor) : "r"(from + 16) : "memory");
-        const int64_t row = warp_row(item, b) + in_block;
-        store_units(acc[b], i, how, kColumns * item.column_tile, p.n, true,
-                    p.a.units.units + row * logit_units(p.n));
+        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(rows[i].factor) : "r"(from + 16) : "memory");
       }
+      LogitUnit* const units = p.a.units.units + (warp_row(item, b) + lane / 4) * logit_units(p.n);
+      store_units(acc[b], rows, kColumns * item.column_tile, p.n, {true, true},
+                  {units, units + 8 * logit_units(p.n)});
+    }
   }
 
   __device__ __forceinline__ void look_up_rotation(const Item& item) {
@@ -596,7 +596,8 @@ bool fuses_large(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card)
 
 bool makes_units_large(const SkinnyArgs& a, const Card& card) {
   return card.arch == 90 && a.out_dtype == DType::f32 && a.norm.weight == nullptr && !a.gated &&
-         a.in_features % kAtom == 0 && a.x_stride % 8 == 0 && a.rows >= kTileRows && has_smem(card);
+         a.bias == nullptr && a.in_features % kAtom == 0 && a.x_stride % 8 == 0 &&
+         a.rows >= kTileRows && has_smem(card);
 }
 
 void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card& card,

@@ -559,8 +559,8 @@ struct Tile {
         if (col < p.n) sum = with_bias<T>(p.a, sum, half * p.n + col);
       });
     if constexpr (kIsF32) {
-      if (p.a.units.units != nullptr) store_units_wide(tile, lane);
       if (!p.a.units.only) store_f32(tile, lane);
+      if (p.a.units.units != nullptr) store_units_wide(tile, lane);
       return;
     }
     __syncwarp();  // the tile before is stored
@@ -574,14 +574,11 @@ struct Tile {
       finish<false>(tile, lane);
     }
   }
-  __device__ __forceinline__ void store_units_wide(int tile, int lane) const {
-    const int first = kStripRows * kTiles * tile;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = row_of(0, i, lane);
-      store_units(acc[0], i, unit_rows[0][i], first, p.n, is_mine(row, first),
-                  p.a.units.units + (first_row(p) + row) * logit_units(p.n));
-    }
+  __device__ __forceinline__ void store_units_wide(int tile, int lane) {
+    const int first = kStripRows * kTiles * tile, low = row_of(0, 0, lane);
+    LogitUnit* const units = p.a.units.units + (first_row(p) + low) * logit_units(p.n);
+    store_units(acc[0], unit_rows[0], first, p.n, {is_mine(low, first), is_mine(low + 8, first)},
+                {units, units + 8 * logit_units(p.n)});
   }
   // Never gated; four strips at a time, so that stores are of whole lines: 32 bytes at a time, as
   // the sums lie, all took 2% longer (64 rows of 0.6B's lm_head, H200). Each group has its own

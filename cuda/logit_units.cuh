@@ -34,7 +34,8 @@ __device__ inline float softmax_factor(const SamplingRow& r) {
   return is_greedy(r) ? 1.0f : 1.0f / r.temperature;
 }
 
-// How a row is sampled, as far as its units depend on it.
+// How a row is sampled, as far as its units depend on it. All that is done with it is done without
+// branches: units are made while a tensor core waits for nothing but registers.
 struct UnitRow {
   float factor = 0;  // of the softmax; below 0: the row is greedy
   RoundDraws draws{};
@@ -43,13 +44,23 @@ struct UnitRow {
   __device__ explicit UnitRow(const SamplingRow& r)
       : factor(is_greedy(r) ? -1.0f : softmax_factor(r)),
         draws(philox_rounds(r.seed, r.choice, static_cast<uint32_t>(r.position))) {}
+};
 
-  __device__ __forceinline__ bool takes_first(float max) const { return factor < 0 || max == kInf; }
-  // What number i of a unit, a logit that is not NaN, adds to the unit's sum: its p, or, where the
-  // first of the largest is taken, a bit if it is one of these, the higher the earlier it comes.
-  __device__ __forceinline__ float part(float v, float max, int i) const {
-    if (takes_first(max)) return v == max ? __uint_as_float((127u + 15 - i) << 23) : 0.0f;
-    return Softmax{fmaxf(max, kLowest), factor}.p_of(v);
+// A unit with this maximum in this row.
+struct UnitParts {
+  bool takes_first;  // of the largest
+  float max;
+  Softmax softmax;
+
+  __device__ __forceinline__ UnitParts(const UnitRow& row, float largest)
+      : takes_first(row.factor < 0 || largest == kInf),
+        max(largest),
+        softmax{takes_first ? kInf : fmaxf(largest, kLowest), fabsf(row.factor)} {}
+  // What number i, a logit that is not NaN, adds to the unit's sum: its p, or, where the first of
+  // the largest is taken, a bit if it is one of these, the higher the earlier it comes.
+  __device__ __forceinline__ float of(float v, int i) const {
+    const float p = softmax.p_of(v);  // 0 with a base of infinity
+    return takes_first && v == max ? __uint_as_float((127u + 15 - i) << 23) : p;
   }
 };
 
@@ -57,41 +68,25 @@ struct UnitRow {
 struct UnitSide {
   float sum;
   int choice;          // who has won
-  bool stands = true;  // and that in this lane, or in one whose side this one has
+  bool stands = true;  // and that in this lane
 
   static __device__ __forceinline__ UnitSide meet(float draw, const UnitSide& low,
                                                   const UnitSide& high) {
     const float both = low.sum + high.sum;
-    const bool low_wins = low_side_wins(draw, low.sum, both);
-    return {both, low_wins ? low.choice : high.choice, low_wins ? low.stands : high.stands};
+    return {both, low_side_wins(draw, low.sum, both) ? low.choice : high.choice};
   }
   // The side of the lane `apart`; the winner's choice is known to the winner's lanes.
   __device__ __forceinline__ void meet(float draw, int apart, bool is_low) {
     const float other = __shfl_xor_sync(0xffffffffu, sum, apart), both = sum + other;
-    stands = stands && low_side_wins(draw, is_low ? sum : other, both) == is_low;
+    stands = stands & (low_side_wins(draw, is_low ? sum : other, both) == is_low);
     sum = both;
   }
 };
 
-// The unit, when all have met. True in one of its lanes, which stores it. has(i): whether the lane
-// has number i.
-template <typename F>
-__device__ __forceinline__ bool finish_unit(const UnitRow& row, float max, const UnitSide& all,
-                                            const F& has, LogitUnit& unit) {
-  constexpr float kParts = 0x1p24f, kMost = 0x1p28f - 16;
-  if (row.takes_first(max)) {
-    const int first = 15 + 127 - static_cast<int>(__float_as_uint(all.sum) >> 23);
-    unit = {max, static_cast<uint32_t>(first)};
-    return has(first);
-  }
-  const auto mass = static_cast<uint32_t>(fminf(all.sum * kParts, kMost));
-  unit = {max, mass << 4 | static_cast<uint32_t>(all.choice)};
-  return all.stands;
-}
-
 // A unit of which each lane has two logits, which differ in bit 3 of their numbers, or four, in
 // bits 3 and 0 (so the index has bit 3, then 0). The numbers' other bits are those of `lowest`, the
-// lane's lowest number, and of the lanes' numbers from bit kLane on. NaN counts as -infinity.
+// lane's lowest number, and of the lanes' numbers from bit kLane on. NaN counts as -infinity. True
+// in the lane that has the choice, which alone knows the unit and stores it.
 template <int kLane, int kOwn>
 __device__ __forceinline__ bool logit_unit(const float (&logits)[kOwn], const UnitRow& row,
                                            int lowest, LogitUnit& unit) {
@@ -103,63 +98,52 @@ __device__ __forceinline__ bool logit_unit(const float (&logits)[kOwn], const Un
 #pragma unroll
   for (int r = kFirst; r < kUnitRounds; ++r)
     max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, kLane << (r - kFirst)));
+  const UnitParts parts(row, max);
   const auto meet_in_lane = [&](int i) {
     const int low = lowest + i;
-    return UnitSide::meet(row.draws.v[0], {row.part(v[i], max, low), low},
-                          {row.part(v[i + kOwn / 2], max, low + 8), low + 8});
+    return UnitSide::meet(row.draws.v[0], {parts.of(v[i], low), low},
+                          {parts.of(v[i + kOwn / 2], low + 8), low + 8});
   };
   UnitSide side = meet_in_lane(0);
   if constexpr (kOwn == 4) side = UnitSide::meet(row.draws.v[1], side, meet_in_lane(1));
 #pragma unroll
   for (int r = kFirst; r < kUnitRounds; ++r)
     side.meet(row.draws.v[r], kLane << (r - kFirst), (lowest >> round_bit(r) & 1) == 0);
-  constexpr int kOthers = kOwn == 4 ? 6 : 7;  // bits that tell lanes apart
-  return finish_unit(row, max, side, [&](int i) { return (i & kOthers) == lowest; }, unit);
+  constexpr int kOthers = kOwn == 4 ? 6 : 7;  // bits of `lowest`
+  constexpr float kParts = 0x1p24f, kMost = 0x1p28f - 16;
+  const int first = 15 + 127 - static_cast<int>(__float_as_uint(side.sum) >> 23);
+  const auto mass = static_cast<uint32_t>(fminf(side.sum * kParts, kMost));
+  unit = {max, parts.takes_first ? static_cast<uint32_t>(first)
+                                 : mass << 4 | static_cast<uint32_t>(side.choice)};
+  return parts.takes_first ? (first & kOthers) == lowest : side.stands;
 }
 
-// The same of a unit of which four lanes have four neighbours each.
-__device__ __forceinline__ bool logit_unit(const float4& logits, const UnitRow& row,
-                                           LogitUnit& unit) {
-  constexpr unsigned kAll = 0xffffffffu;
-  const int lane = static_cast<int>(threadIdx.x) % 4;
-  const float v[4] = {fmaxf(logits.x, -kInf), fmaxf(logits.y, -kInf), fmaxf(logits.z, -kInf),
-                      fmaxf(logits.w, -kInf)};
-  float max = fmaxf(fmaxf(v[0], v[1]), fmaxf(v[2], v[3]));
-  max = fmaxf(max, __shfl_xor_sync(kAll, max, 1));
-  max = fmaxf(max, __shfl_xor_sync(kAll, max, 2));
-  const float* draws = row.draws.v;
-  UnitSide sides[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    sides[i] = {row.part(v[i], max, 4 * lane + i), 4 * lane + i};
-    sides[i].meet(draws[0], 2, lane < 2);
-  }
-  UnitSide side = UnitSide::meet(draws[2], UnitSide::meet(draws[1], sides[0], sides[1]),
-                                 UnitSide::meet(draws[1], sides[2], sides[3]));
-  side.meet(draws[3], 1, lane % 2 == 0);
-  return finish_unit(row, max, side, [&](int i) { return i / 4 == lane; }, unit);
-}
-
-// Units of a row of a warpgroup's product (wgmma.cuh), [t][2 i] and [t][2 i + 1] of its sums, from
-// column `first` on, of which there are n. By all lanes; those of rows that are not `mine` store
-// nothing.
+// Units of the rows of a warpgroup's product (wgmma.cuh) that are lane / 4 and lane / 4 + 8, from
+// column `first` on, of which there are n. By all lanes; of rows that are not `mine` nothing is
+// stored.
 template <int kTiles>
-__device__ __forceinline__ void store_units(const float (&sums)[kTiles][4], int i,
-                                            const UnitRow& row, int first, int n, bool mine,
-                                            LogitUnit* units) {
+__device__ __forceinline__ void store_units(float (&sums)[kTiles][4], const UnitRow (&rows)[2],
+                                            int first, int n, const bool (&mine)[2],
+                                            LogitUnit* const (&units)[2]) {
   const int lowest = static_cast<int>(threadIdx.x) % 4 * 2;
+  if (first + 8 * kTiles > n) {
 #pragma unroll
-  for (int t = 0; t < kTiles; t += 2) {
-    const int begin = first + 8 * t;
-    float v[4];
+    for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int col = begin + j / 2 * 8 + lowest + j % 2;
-      v[j] = col < n ? sums[t + j / 2][2 * i + j % 2] : -kInf;
-    }
-    LogitUnit unit;
-    if (logit_unit<1>(v, row, lowest, unit) && mine && begin < n) units[begin / kUnitTokens] = unit;
+      for (int i = 0; i < 4; ++i)
+        if (first + 8 * t + lowest + i % 2 >= n) sums[t][i] = -kInf;
   }
+#pragma unroll
+  for (int t = 0; t < kTiles; t += 2)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float v[4] = {sums[t][2 * i], sums[t][2 * i + 1], sums[t + 1][2 * i],
+                          sums[t + 1][2 * i + 1]};
+      LogitUnit unit;
+      const bool stores = logit_unit<1>(v, rows[i], lowest, unit);
+      const int begin = first + 8 * t;
+      if (stores & mine[i] & (begin < n)) units[i][begin / kUnitTokens] = unit;
+    }
 }
 
 }  // namespace ni::cuda

@@ -59,40 +59,43 @@ __device__ bool is_allowed(const uint32_t* mask, int32_t id) {
 
 // -- segment_kernel -------------------------------------------------------------------------------
 
-// Calls f(token, its logit and those of its three neighbours) for what the thread has of a segment:
-// four lanes have a unit. All are on their way at once, as vectors where rows are aligned. f is
-// called by whole warps, with -infinity where there are no more tokens.
+// Calls f(token, logits of tokens token + {0, 1, 8, 9}) for what the thread has of a segment: four
+// lanes have a unit, as in a warpgroup's product. All are on their way at once, as vectors where
+// rows are aligned. f is called by whole warps, with -infinity where there are no more tokens.
 template <typename F>
 __device__ void each_four(const float* x, int32_t begin, int32_t end, F f) {
   constexpr int kBatch = 5;
-  const bool vectors = reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  const auto warp_begin = static_cast<int32_t>(threadIdx.x / 32 * 128);
+  const bool vectors = reinterpret_cast<uintptr_t>(x) % 8 == 0;
   const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+  const auto warp_begin = static_cast<int32_t>(threadIdx.x / 32 * 128);
+  const int32_t in_warp = lane / 4 * kUnitTokens + lane % 4 * 2;
   for (int32_t from = begin + warp_begin; from < end; from += 4 * kBatch * kSegmentThreads) {
-    float4 v[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int32_t at = from + 4 * (i * kSegmentThreads + lane);
-      v[i] = {-kInf, -kInf, -kInf, -kInf};
-      if (vectors && at + 4 <= end) {
-        v[i] = *reinterpret_cast<const float4*>(x + at);
-      } else if (at < end) {
-        v[i].x = x[at];
-        if (at + 1 < end) v[i].y = x[at + 1];
-        if (at + 2 < end) v[i].z = x[at + 2];
-        if (at + 3 < end) v[i].w = x[at + 3];
-      }
-    }
+    float v[kBatch][4];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
-      if (const int32_t at = from + 4 * i * kSegmentThreads; at < end) f(at + 4 * lane, v[i]);
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const int32_t at = from + 4 * i * kSegmentThreads + in_warp + 4 * j;
+        float2 two{-kInf, -kInf};
+        if (vectors && at + 2 <= end) {
+          two = *reinterpret_cast<const float2*>(x + at);
+        } else if (at < end) {
+          two.x = x[at];
+          if (at + 1 < end) two.y = x[at + 1];
+        }
+        v[i][j] = two.x;
+        v[i][j + 1] = two.y;
+      }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+      if (const int32_t at = from + 4 * i * kSegmentThreads; at < end) f(at + in_warp, v[i]);
   }
 }
 
-__device__ void store_unit(const Sampler& s, int row, int32_t at, int32_t end, const float4& v,
+__device__ void store_unit(const Sampler& s, int row, int32_t at, int32_t end, const float (&v)[4],
                            const UnitRow& how) {
   LogitUnit unit;
-  const bool stores = logit_unit(v, how, unit);
+  const bool stores = logit_unit<1>(v, how, at % kUnitTokens, unit);
   const int32_t number = at / kUnitTokens;
   if (stores && number * kUnitTokens < end) s.units_of(row)[number] = unit;
 }
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(kSegmentThreads) units_kernel(Sampler s) {
   const UnitRow how(s.step->sampling[s.first + row]);
   const int32_t end = s.begin(segment + 1);
   each_four(s.raw(row), s.begin(segment), end,
-            [&](int32_t at, const float4& v) { store_unit(s, row, at, end, v, how); });
+            [&](int32_t at, const float (&v)[4]) { store_unit(s, row, at, end, v, how); });
 }
 
 // Grid: [rows, kSegments].
@@ -162,21 +165,21 @@ __global__ void __launch_bounds__(kSegmentThreads, 4) segment_kernel(Sampler s) 
   if (processed) process(s, r, raw, s.copy(row), begin, end);
   const UnitRow how(r);
   float top = -kInf, raw_top = -kInf;
-  double raw_mass = 0;                                    // under the thread's own maximum
-  const auto add_max = [](float& max, const float4& v) {  // not NaN
-    max = fmaxf(fmaxf(fmaxf(fmaxf(max, v.x), v.y), v.z), v.w);
+  double raw_mass = 0;                                        // under the thread's own maximum
+  const auto add_max = [](float& max, const float (&v)[4]) {  // not NaN
+    max = fmaxf(fmaxf(fmaxf(fmaxf(max, v[0]), v[1]), v[2]), v[3]);
   };
   if (scored)
-    each_four(raw, begin, end, [&](int32_t, const float4& v) {
+    each_four(raw, begin, end, [&](int32_t, const float (&v)[4]) {
       const float before = raw_top;
       add_max(raw_top, v);
       const Softmax softmax{raw_top, 1.0f};
-      const float sum = (softmax.p(clean(v.x)) + softmax.p(clean(v.y))) +
-                        (softmax.p(clean(v.z)) + softmax.p(clean(v.w)));
+      const float sum = (softmax.p(clean(v[0])) + softmax.p(clean(v[1]))) +
+                        (softmax.p(clean(v[2])) + softmax.p(clean(v[3])));
       raw_mass = raw_mass * static_cast<double>(softmax.p(before)) + static_cast<double>(sum);
     });
   if (narrowed || makes_units)
-    each_four(processed ? s.copy(row) : raw, begin, end, [&](int32_t at, const float4& v) {
+    each_four(processed ? s.copy(row) : raw, begin, end, [&](int32_t at, const float (&v)[4]) {
       if (makes_units) store_unit(s, row, at, end, v, how);
       add_max(top, v);
     });
