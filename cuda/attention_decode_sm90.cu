@@ -15,11 +15,12 @@
 //   atomics take longer than tiles. The last one's computing warps merge, a piece of work later;
 //   large merges are shared by those that have nothing else to do.
 // A CTA has a range of neighbouring chunks, so few results are shared.
-// With kRope the computing warps first do what rope_kv.cu does, to the bit: q's rows where they
-// lie, k and v into the cache and, since the tile that the engine brings has not seen them, into
-// that tile. So nothing of the cache waits for the kernel before.
-// Moves tokens * kv_heads * 2 d elements of the cache and about 3% of that for partial sums; bound
-// by memory bandwidth, by latency where the batch is small.
+// With kRope the warp that counts does what rope_kv.cu does, to the bit, ahead of those that
+// compute (which do so for the first unit): q's rows where they lie, k and v into the cache; and
+// who computes, since the tile that the engine brings has not seen them, into that tile. So nothing
+// of the cache waits for the kernel before. Moves tokens * kv_heads * 2 d elements of the cache and
+// about 3% of that for partial sums; bound by memory bandwidth, by latency where the batch is
+// small.
 #include "cuda/attention_decode.cuh"
 #include "cuda/rope.cuh"
 #include "cuda/sm90.cuh"
@@ -62,7 +63,7 @@ struct Memory {
   static constexpr int kWork = kTops + kMmaRows * kDecodeWarps * 4;
   static constexpr int kMerge = kWork + kDecodeUnits * static_cast<int>(sizeof(Work));
   static constexpr int kBarriers = kMerge + static_cast<int>(sizeof(Share));
-  static constexpr int kNumBarriers = 2 * kStages + 2 * kDecodeUnits + 2;
+  static constexpr int kNumBarriers = 2 * kStages + 3 * kDecodeUnits + 2;
   static_assert(kBarriers + 8 * kNumBarriers <= kPlan<C, D>.smem);
 
   __device__ uint32_t tile(int stage) const { return address + stage * kTileBytes; }
@@ -92,6 +93,10 @@ struct Memory {
   __device__ uint32_t unit_empty(int unit) const {
     return barrier(2 * kStages + kDecodeUnits + unit);
   }
+  // With kRope: its q (and k, v) are rotated.
+  __device__ uint32_t unit_rotated(int unit) const {
+    return barrier(2 * kStages + 2 * kDecodeUnits + unit);
+  }
   __device__ uint32_t part_written() const { return barrier(kNumBarriers - 2); }
   __device__ uint32_t part_counted() const { return barrier(kNumBarriers - 1); }
 
@@ -103,6 +108,7 @@ struct Memory {
     for (int i = 0; i < kDecodeUnits; ++i) {
       init_barrier(unit_full(i), 1);
       init_barrier(unit_empty(i), kDecodeWarps + 1);
+      init_barrier(unit_rotated(i), 1);
     }
     init_barrier(part_written(), kDecodeWarps);
     init_barrier(part_counted(), 1);
@@ -366,6 +372,106 @@ class Copier {
   bool has_q_ = !p_.attn.settled;  // then all have waited already
 };
 
+// -- With kRope: QK-norm and rotation of a unit, pairs of elements as rope.cuh has them
+// ------------
+
+template <typename T, typename C, int D>
+class Rotator {
+ public:
+  __device__ Rotator(const DecodeParams& p, const Memory<C, D>& memory, int unit)
+      : p_(p), memory_(memory), unit_(unit) {}
+
+  // The unit's q, and k and v of its new token, rows first, first + step, …; the latter go into the
+  // cache, too. has_q: they are in shared memory. A row a warp.
+  __device__ __forceinline__ void run(const Work& w, bool has_q, int first, int step) const {
+    const RopeArgs& rope = p_.attn.rope;
+    const int group = p_.group, rows = has_new_token(w) ? group + 2 : group;
+    for (int row = first; row < rows; row += step) {
+      const bool is_k = row == group, is_v = row > group;
+      T* x = memory_.template row<T>(unit_, row);
+      const T* from = has_q ? x : q_row<T, true>(p_, w, row);
+      const float* weight = (is_k ? rope.k_norm : rope.q_norm).weight;
+      float2 v[kPairs], norm[kPairs] = {};
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        v[k] = {0, 0};
+        if (!has_pair(k)) continue;
+        if (weight != nullptr)
+          norm[k] = __ldg(reinterpret_cast<const float2*>(weight + 2 * lane_ + 64 * k));
+        const Vec<T, 2> e = *reinterpret_cast<const Vec<T, 2>*>(from + 2 * lane_ + 64 * k);
+        v[k] = {as_float(e.v[0]), as_float(e.v[1])};
+      }
+      if (!is_v && weight != nullptr) normalise_head(v, norm, lane_, D, rope.norm_eps);
+      if (!is_v && rope.cos != nullptr) turn(v, group);
+      __syncwarp();  // all lanes have read
+      const float inverse = 1.0f / (is_v ? p_.attn.kv.v_scale : p_.attn.kv.k_scale);
+      C* const cached = is_k || is_v ? in_cache(w, is_v) : nullptr;
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        const int i = 2 * lane_ + 64 * k;
+        if (!has_pair(k)) continue;
+        if (row < group) {
+          if constexpr (std::is_same_v<T, Type>) {
+            store_pair(x + i, v[k], 1.0f);
+          } else {
+            *reinterpret_cast<uint32_t*>(x + i) = f16_of_bf16(pack2<T>(v[k].x, v[k].y));
+          }
+        } else {  // as the cache has them
+          store_pair(reinterpret_cast<C*>(x) + i, v[k], inverse);
+          if (cached != nullptr) store_pair(cached + i, v[k], inverse);
+        }
+      }
+    }
+  }
+
+ private:
+  using Type = Operand<T, C>;
+  static constexpr int kPairs = (D + 63) / 64;
+
+  __device__ bool has_pair(int k) const { return D % 64 == 0 || 2 * lane_ + 64 * k < D; }
+
+  // Pairs that rotate together are the rotated dimensions' half apart, mostly in other lanes.
+  __device__ __forceinline__ void turn(float2 (&v)[kPairs], int group) const {
+    const int half = p_.attn.rope.rotary_dim / 2;
+    const float* cos = memory_.template row<float>(unit_, group + 2);
+    const float* sin = memory_.template row<float>(unit_, group + 3);
+    float2 turned[kPairs];
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      const int i = 2 * lane_ + 64 * k;
+      const bool upper = i >= half;
+      const int j = upper ? i - half : i + half;
+      float2 other{};
+#pragma unroll
+      for (int from = 0; from < kPairs; ++from) {
+        const float2 theirs = {__shfl_sync(kAll, v[from].x, j / 2 % 32),
+                               __shfl_sync(kAll, v[from].y, j / 2 % 32)};
+        if (j / 64 == from) other = theirs;
+      }
+      turned[k] = v[k];
+      if (i >= 2 * half) continue;
+      const int angle = upper ? i - half : i;
+      turned[k] = rotate_pair(v[k], other, *reinterpret_cast<const float2*>(cos + angle),
+                              *reinterpret_cast<const float2*>(sin + angle), upper);
+    }
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) v[k] = turned[k];
+  }
+
+  // Where the new token's k or v lies; null: a padding row writes nothing.
+  __device__ __forceinline__ C* in_cache(const Work& w, bool is_v) const {
+    if (w.slot < 0) return nullptr;
+    const KvView& kv = p_.attn.kv;
+    const int block = p_.block_size.quotient(w.slot);
+    return static_cast<C*>(is_v ? kv.v : kv.k) +
+           kv.v_offset(block, w.kv_head, w.slot - block * kv.block_size, 0);
+  }
+
+  const DecodeParams& p_;
+  const Memory<C, D>& memory_;
+  const int unit_, lane_ = threadIdx.x % 32;
+};
+
 // -- The warp that counts -------------------------------------------------------------------------
 
 // Of a counter, beside the chunks that are done: CTAs that have joined the merge, of which those
@@ -425,18 +531,33 @@ __device__ __forceinline__ void count_part(const DecodeParams& p, const Work& w,
   if (!is_shared || left(atomicAdd(counter, kLeft)) + 1 == joined(all)) *counter = 0;
 }
 
-template <typename C, int D>
+// With kRope it rotates, too: a unit ahead of those that compute, all but the CTA's first. A part
+// is counted when what comes next is rotated.
+template <typename T, typename C, int D, bool kRope>
 __device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
+  const int lane = threadIdx.x % 32;
   uint32_t phase = 0;
+  bool is_first = true;
+  Work before{};
   for (Place unit;; unit.advance(kDecodeUnits)) {
     wait(memory.unit_full(unit.stage), unit.phase);
     const Work w = memory.work(unit.stage);
-    arrive(memory.unit_empty(unit.stage));
+    if (kRope && !is_first && w.item >= 0)
+      Rotator<T, C, D>(p, memory, unit.stage).run(w, true, 0, 1);
+    __syncwarp();
+    if (lane == 0) {
+      if (kRope) arrive(memory.unit_rotated(unit.stage));
+      arrive(memory.unit_empty(unit.stage));
+      if (!is_first && before.is_part()) {
+        wait(memory.part_written(), phase);
+        count_part<D>(p, before, memory.share(), memory.part_counted());
+      }
+    }
+    __syncwarp();
+    if (!is_first && before.is_part()) phase ^= 1;
     if (w.item < 0 || w.is_last != 0) return;
-    if (!w.is_part()) continue;
-    wait(memory.part_written(), phase);
-    phase ^= 1;
-    count_part<D>(p, w, memory.share(), memory.part_counted());
+    before = w;
+    is_first = false;
   }
 }
 
@@ -491,7 +612,7 @@ class Computer {
   __device__ Computer(const DecodeParams& p, const Memory<C, D>& memory) : p_(p), memory_(memory) {}
 
   __device__ void run() {
-    bool has_part = false, has_q = !kRope || !p_.attn.settled;
+    bool has_part = false, has_q = !kRope || !p_.attn.settled, is_first = true;
     for (Place unit;; unit.advance(kDecodeUnits)) {
       wait(memory_.unit_full(unit.stage), unit.phase);
       const Work& w = memory_.work(unit.stage);  // read where it is needed: registers are few
@@ -500,11 +621,17 @@ class Computer {
         unit_ = unit.stage;
         if (!has_q) wait_for_previous();
         if constexpr (kRope) {
-          rotate(w, has_q);
+          if (is_first) {
+            Rotator<T, C, D>(p_, memory_, unit_).run(w, has_q, warp_, kDecodeWarps);
+            sync();
+          } else {
+            wait(memory_.unit_rotated(unit.stage), unit.phase);
+          }
         } else if constexpr (!std::is_same_v<T, Type>) {
           convert_q(w);
         }
         has_q = true;
+        is_first = false;
         attend(w);
       }
       const bool is_end = is_done || w.is_last != 0;
@@ -633,93 +760,6 @@ class Computer {
         two = f16_of_bf16(two);
       }
     sync();
-  }
-
-  // -- With kRope: pairs of elements as rope.cuh has them.
-  static constexpr int kPairs = (D + 63) / 64;
-  __device__ __forceinline__ bool has_pair(int k) const {
-    return D % 64 == 0 || 2 * lane_ + 64 * k < D;
-  }
-
-  // The unit's q, and k and v of its new token, a row a warp; the latter go into the cache, too.
-  // has_q: they are in shared memory.
-  __device__ __forceinline__ void rotate(const Work& w, bool has_q) {
-    const RopeArgs& rope = p_.attn.rope;
-    const int group = p_.group, rows = has_new_token(w) ? group + 2 : group;
-    for (int row = warp_; row < rows; row += kDecodeWarps) {
-      const bool is_k = row == group, is_v = row > group;
-      T* x = memory_.template row<T>(unit_, row);
-      const T* from = has_q ? x : q_row<T, kRope>(p_, w, row);
-      const float* weight = (is_k ? rope.k_norm : rope.q_norm).weight;
-      float2 v[kPairs], norm[kPairs] = {};
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        v[k] = {0, 0};
-        if (!has_pair(k)) continue;
-        if (weight != nullptr)
-          norm[k] = __ldg(reinterpret_cast<const float2*>(weight + 2 * lane_ + 64 * k));
-        const Vec<T, 2> e = *reinterpret_cast<const Vec<T, 2>*>(from + 2 * lane_ + 64 * k);
-        v[k] = {as_float(e.v[0]), as_float(e.v[1])};
-      }
-      if (!is_v && weight != nullptr) normalise_head(v, norm, lane_, D, rope.norm_eps);
-      if (!is_v && rope.cos != nullptr) turn(v, group);
-      __syncwarp();  // all lanes have read
-      const float inverse = 1.0f / (is_v ? p_.attn.kv.v_scale : p_.attn.kv.k_scale);
-      C* const cached = is_k || is_v ? in_cache(w, is_v) : nullptr;
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        const int i = 2 * lane_ + 64 * k;
-        if (!has_pair(k)) continue;
-        if (row < group) {
-          if constexpr (std::is_same_v<T, Type>) {
-            store_pair(x + i, v[k], 1.0f);
-          } else {
-            *reinterpret_cast<uint32_t*>(x + i) = f16_of_bf16(pack2<T>(v[k].x, v[k].y));
-          }
-        } else {  // as the cache has them
-          store_pair(reinterpret_cast<C*>(x) + i, v[k], inverse);
-          if (cached != nullptr) store_pair(cached + i, v[k], inverse);
-        }
-      }
-    }
-    sync();
-  }
-
-  // Pairs that rotate together are the rotated dimensions' half apart, mostly in other lanes.
-  __device__ __forceinline__ void turn(float2 (&v)[kPairs], int group) const {
-    const int half = p_.attn.rope.rotary_dim / 2;
-    const float* cos = memory_.template row<float>(unit_, group + 2);
-    const float* sin = memory_.template row<float>(unit_, group + 3);
-    float2 turned[kPairs];
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) {
-      const int i = 2 * lane_ + 64 * k;
-      const bool upper = i >= half;
-      const int j = upper ? i - half : i + half;
-      float2 other{};
-#pragma unroll
-      for (int from = 0; from < kPairs; ++from) {
-        const float2 theirs = {__shfl_sync(kAll, v[from].x, j / 2 % 32),
-                               __shfl_sync(kAll, v[from].y, j / 2 % 32)};
-        if (j / 64 == from) other = theirs;
-      }
-      turned[k] = v[k];
-      if (i >= 2 * half) continue;
-      const int angle = upper ? i - half : i;
-      turned[k] = rotate_pair(v[k], other, *reinterpret_cast<const float2*>(cos + angle),
-                              *reinterpret_cast<const float2*>(sin + angle), upper);
-    }
-#pragma unroll
-    for (int k = 0; k < kPairs; ++k) v[k] = turned[k];
-  }
-
-  // Where the new token's k or v lies; null: a padding row writes nothing.
-  __device__ __forceinline__ C* in_cache(const Work& w, bool is_v) const {
-    if (w.slot < 0) return nullptr;
-    const KvView& kv = p_.attn.kv;
-    const int block = p_.block_size.quotient(w.slot);
-    return static_cast<C*>(is_v ? kv.v : kv.k) +
-           kv.v_offset(block, w.kv_head, w.slot - block * kv.block_size, 0);
   }
 
   // A segment of 16 bytes of the new token's k or v, into row `to` of the tile.
@@ -969,8 +1009,8 @@ __global__ void __launch_bounds__(kDecodeSm90Threads, (kPlan<C, D>.ctas_per_sm))
     Computer<T, C, D, kRope>(p, memory).run();
   } else if (warp == kDecodeWarps) {
     Copier<C, D, kRope>(p, memory, &k_map, &v_map).run();
-  } else if (threadIdx.x % 32 == 0) {
-    count_parts(p, memory);
+  } else {
+    count_parts<T, C, D, kRope>(p, memory);
   }
 #endif
 }
