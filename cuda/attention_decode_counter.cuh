@@ -167,33 +167,41 @@ __device__ __forceinline__ void count_part(const DecodeParams& p, const Work& w,
   if (!is_shared || left(atomicAdd(counter, kLeft)) + 1 == joined(all)) *counter = 0;
 }
 
-// With kRope it rotates, too: a unit ahead of those that compute, all but the CTA's first. A part
-// is counted when what comes next is rotated.
+// With kRope it rotates, too: a unit ahead of those that compute, all but the CTA's first; so a
+// part is counted when what comes next is rotated.
 template <typename T, typename C, int D, bool kRope>
 __device__ void count_parts(const DecodeParams& p, const Memory<C, D>& memory) {
   const int lane = threadIdx.x % 32;
   uint32_t phase = 0;
-  bool is_first = true;
-  Work before{};
+  bool is_first = true, has_part = false;
+  Work part{};
   for (Place unit;; unit.advance(kDecodeUnits)) {
     wait(memory.unit_full(unit.stage), unit.phase);
     const Work w = memory.work(unit.stage);
-    if (kRope && !is_first && w.item >= 0)
-      Rotator<T, C, D>(p, memory, unit.stage).run(w, true, 0, 1);
+    const bool is_work = w.item >= 0;
+    if constexpr (kRope) {
+      if (is_work && !is_first) Rotator<T, C, D>(p, memory, unit.stage).run(w, true, 0, 1);
+      is_first = false;
+    } else {
+      part = w;
+      has_part = is_work && w.is_part();
+    }
     __syncwarp();
     if (lane == 0) {
       if (kRope) arrive(memory.unit_rotated(unit.stage));
       arrive(memory.unit_empty(unit.stage));
-      if (!is_first && before.is_part()) {
+      if (has_part) {
         wait(memory.part_written(), phase);
-        count_part<D>(p, before, memory.share(), memory.part_counted());
+        count_part<D>(p, part, memory.share(), memory.part_counted());
       }
     }
     __syncwarp();
-    if (!is_first && before.is_part()) phase ^= 1;
-    if (w.item < 0 || w.is_last != 0) return;
-    before = w;
-    is_first = false;
+    if (has_part) phase ^= 1;
+    if (!is_work || w.is_last != 0) return;
+    if constexpr (kRope) {
+      part = w;
+      has_part = w.is_part();
+    }
   }
 }
 

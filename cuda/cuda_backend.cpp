@@ -367,6 +367,7 @@ void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, T
     written_slots_ = a.rope->in->slot_mapping;
   }
   summed_up_ = {};
+  unwritten_ = false;
   LogitUnits units;
   if (a.sampled != nullptr && out.dtype == DType::f32 && !is_guest()) {
     check_arg(a.sampled->device != nullptr, "linear: the step's inputs are not in device memory");
@@ -375,7 +376,8 @@ void CudaBackend::linear(Tensor x, const LinearWeight& w, const LinearArgs& a, T
              a.sampled->plain_sampling};
   }
   const bool made = linear_->run(x, w, a, out, stream_, !is_guest(), units);
-  if (made) summed_up_ = {out.data, out.rows(), out.cols(), units.step, units.first, units.only};
+  if (made) summed_up_ = {out.data, out.rows(), out.cols(), units.step, units.first};
+  unwritten_ = made && units.only;
 }
 
 void CudaBackend::rope_kv_write(Tensor qkv, const StepInputs& in, const RopeArgs& a,
@@ -463,11 +465,12 @@ void CudaBackend::sample(Tensor logits, const StepInputs& in, int32_t first,
             "sample: no place for the most likely tokens");
   if (logits.rows() == 0) return;
   void* workspace = reserve(sample_, sample_workspace_bytes(logits.rows(), logits.cols()));
-  const bool has_units = summed_up_ == SummedUp{logits.data, logits.rows(), logits.cols(),
-                                                in.device,   first,         summed_up_.only};
+  const bool has_units =
+      summed_up_ == SummedUp{logits.data, logits.rows(), logits.cols(), in.device, first};
   const bool plain = in.plain_sampling && !is_guest();
-  check_invariant(!summed_up_.only || logits.data != summed_up_.logits || (has_units && plain),
-                  "sample: these logits were made for plain rows of another step");
+  check_invariant(!unwritten_ || (has_units && plain),
+                  "sample: the last product made logits for plain rows, which are others");
+  unwritten_ = false;
   summed_up_ = {};
   cuda::sample(logits.as<float>(), logits.row_stride, logits.rows(), logits.cols(), in.device,
                first, has_units, plain, out, workspace, stream_);

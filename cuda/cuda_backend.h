@@ -125,10 +125,10 @@ class CudaBackend final : public Backend {
     int64_t rows = 0, vocab = 0;
     const StepInputs* step = nullptr;
     int32_t first = 0;
-    bool only = false;  // the logits have not been written
     bool operator==(const SummedUp&) const = default;
   };
   SummedUp summed_up_;
+  bool unwritten_ = false;  // those logits
 };
 
 }  // namespace ni::cuda

@@ -76,7 +76,8 @@ struct Plan {
   int64_t rows = 0;
   float microseconds = 0;  // 0: not timed
   // linear_skinny takes a gate along in less time; linear_large takes one, or QK-norm and rotation,
-  // in less than that and all else; of logits: makes their units in less time than the plan.
+  // in less than that and all else. Of logits: where only their units are asked for, the one makes
+  // them in less time than the plan, the other in less than that.
   bool skinny_gates = false, large = false;
 };
 
@@ -423,39 +424,63 @@ struct Linear::Impl {
   }
   // Microseconds of linear_large with a gate, if it takes no longer than the plan and an
   // activation; else 0. For all weights that might have a gate, or, as qkv, something that costs as
-  // much; which have one is not known here. Of logits: with units, if it takes no longer than the
-  // plan with them.
-  float large(const Plan& plan, const Tensor& x, const std::vector<const LinearWeight*>& weights,
-              const Key& key, const Tensor& out) {
+  // much; which have one is not known here.
+  float large_gate(const Plan& plan, const Tensor& x,
+                   const std::vector<const LinearWeight*>& weights, const Key& key,
+                   const Tensor& out) {
     const auto args = [&](const LinearWeight& w) {
       SkinnyArgs a = skinny_args(x, w, out);
-      if (key.f32_out) {
-        a.units = timed_units;
-      } else {
-        a.gated = true;
-      }
+      a.gated = true;
       return a;
     };
     const int64_t rows = x.rows(), half = key.n / 2;
-    const SkinnyArgs first = args(*weights[0]);
-    if (key.f32_out ? !makes_units_large(first, card)
-                    : key.n <= key.k || !fuses_large(first, nullptr, card))
-      return 0;
+    if (key.f32_out || key.n <= key.k || !fuses_large(args(*weights[0]), nullptr, card)) return 0;
     const int64_t computed = std::max(plan.rows, rows);
-    const float apart =
-        key.f32_out ? plan.microseconds / 1000 : time(weights, rows, 0, [&](const LinearWeight& w) {
-          const bool good = multiply(plan, x.rows(computed), w, key, out.rows(computed), stream) ==
-                            CUBLAS_STATUS_SUCCESS;
-          activation(out.data, out.row_stride, rows, half, Activation::silu, true, out.dtype,
-                     out.data, out.row_stride,
-                     stream);  // in place: an element is read before it is written
-          return good;
-        });
+    const float apart = time(weights, rows, 0, [&](const LinearWeight& w) {
+      const bool good = multiply(plan, x.rows(computed), w, key, out.rows(computed), stream) ==
+                        CUBLAS_STATUS_SUCCESS;
+      activation(out.data, out.row_stride, rows, half, Activation::silu, true, out.dtype, out.data,
+                 out.row_stride, stream);  // in place: an element is read before it is written
+      return good;
+    });
     const float together = time(weights, rows, apart, [&](const LinearWeight& w) {
       linear_large_sm90(args(w), nullptr, card, stream);
       return true;
     });
     return together <= apart ? 1000 * together : 0;
+  }
+
+  // Of logits that nobody reads: which of our kernels makes units alone in less time than the plan
+  // makes logits and units.
+  void choose_for_units(Plan& plan, const Tensor& x,
+                        const std::vector<const LinearWeight*>& weights, const Key& key,
+                        const Tensor& out) {
+    LogitUnits alone = timed_units;
+    alone.only = true;
+    float best = plan.microseconds / 1000;
+    const auto is_best = [&](const auto& make) {
+      bool is_less = false;
+      for (int i = 0; i < 2; ++i) {
+        const float ms = time(weights, x.rows(), best, make);
+        if (ms > 0 && ms < best) best = ms, is_less = true;
+      }
+      return is_less;
+    };
+    const auto args = [&](const LinearWeight& w) {
+      SkinnyArgs a = skinny_args(x, w, out);
+      a.units = alone;
+      return a;
+    };
+    const SkinnyArgs first = args(*weights[0]);
+    plan.skinny_gates = x.rows() <= skinny_rows(key) && makes_units(first, card) &&
+                        is_best([&](const LinearWeight& w) {
+                          linear_skinny(args(w), card, stream);
+                          return true;
+                        });
+    plan.large = makes_units_large(first, card) && is_best([&](const LinearWeight& w) {
+                   linear_large_sm90(args(w), nullptr, card, stream);
+                   return true;
+                 });
   }
 
   // Milliseconds that f takes on the stream; 0 if it fails.
@@ -540,9 +565,13 @@ struct Linear::Impl {
         std::find_if(all.begin(), all.end(), [](const Plan& p) { return p.skinny; });
     for (Plan& plan : all)
       if (!options.batch_invariant || is_canonical(plan, x, *weights[0], key, out, other)) {
-        const float by_large = large(plan, x, weights, key, out);
+        if (key.f32_out) {
+          choose_for_units(plan, x, weights, key, out);
+          return plan;
+        }
+        const float large = large_gate(plan, x, weights, key, out);
         plan.skinny_gates = skinny != all.end() && cost(*skinny) <= plan.microseconds;
-        plan.large = by_large > 0 && !(plan.skinny_gates && skinny->microseconds < by_large);
+        plan.large = large > 0 && !(plan.skinny_gates && skinny->microseconds < large);
         return plan;
       }
     return {};
@@ -709,8 +738,7 @@ void Linear::Impl::prepare(const std::vector<const LinearWeight*>& weights, int6
   };
   upload(sampling.data, sampled.data(), sampled.size() * sizeof(SamplingRow));
   upload(step.data, &inputs, sizeof(inputs));
-  timed_units = {static_cast<LogitUnit*>(units.data), static_cast<const StepInputs*>(step.data), 0,
-                 true};
+  timed_units = {static_cast<LogitUnit*>(units.data), static_cast<const StepInputs*>(step.data), 0};
   for_each_plan([&](const Key& key, const std::vector<const LinearWeight*>& same) {
     if (plans.find(key) != plans.end()) return;
     const DType out_type = key.f32_out ? DType::f32 : options.dtype;
@@ -782,14 +810,15 @@ bool Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
   auto it = impl.plans.find(key);
   if (it == impl.plans.end()) it = impl.plans.emplace(key, impl.plan_untimed(x, w, key, out)).first;
   const Plan& plan = it->second;
-  if (units.only && plan.large) {
+  if (units.only && (plan.large || plan.skinny_gates)) {
     SkinnyArgs args = impl.skinny_args(x, w, out);
     args.settled = settled;
     args.units = units;
-    if (makes_units_large(args, impl.card)) {
+    if (plan.large && makes_units_large(args, impl.card)) {
       linear_large_sm90(args, nullptr, impl.card, stream);
       return true;
     }
+    if (plan.skinny_gates) return multiply(Plan{}, x, out);
   }
   const bool has_room = plan.rows <= x.rows() + a.spare_rows;
   if (!has_room && impl.options.batch_invariant)  // not compared with so few
@@ -812,7 +841,7 @@ std::vector<std::string> Linear::describe() const {
                     " tile ", algo_attribute<uint32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_TILE_ID),
                     " split ", algo_attribute<int32_t>(plan.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM),
                     plan.rows > 0 ? concat(", ", plan.rows, " rows") : "");
-    if (key.f32_out && plan.large) name += " (units alone: linear_large)";
+    if (key.f32_out && plan.large) name += " (units of logits alone: linear_large)";
     lines.push_back(concat("[", key.bucket, ", ", key.k, "] x [", key.n, ", ", key.k, "]",
                            key.f32_out ? " to float32" : "", key.bias ? " + bias" : "", ": ", name,
                            ", ", plan.microseconds, " us"));

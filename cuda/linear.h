@@ -41,14 +41,14 @@ class Linear {
   // x, out: device memory; out of the activations' type or fp32 (then no accumulate).
   // settled (common.cuh): no kernel that may still run has written the weight, or what a rotation
   // needs: none since one that waited before it let the next one start.
-  // With units (out is fp32): whether they have been made, too, or, if nothing else is asked for,
-  // instead.
+  // With units (out is fp32): whether they have been made; with units.only `out` is then not
+  // written.
   bool run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, const Tensor& out,
            cudaStream_t stream, bool settled = true, const LogitUnits& units = {});
   // Candidates timed so far: none if the cache file knew all plans.
   int num_timed() const;
-  // What was chosen, for people: one line a plan. (The time of a product to logits is that of their
-  // units.)
+  // What was chosen, for people: one line a plan. (The time of a product to logits includes making
+  // their units.)
   std::vector<std::string> describe() const;
 
  private:

@@ -353,6 +353,7 @@ struct Group {
   // -- Units of logits: how its 32 rows are sampled a warp keeps where others have results --
 
   __device__ __forceinline__ uint32_t unit_row(int in_warp) const {
+    static_assert(kComputeWarps * 32 * 32 <= Ring::kOutBytes);
     return memory.out + ((group * kGroupWarps + warp) * 32 + in_warp) * 32;
   }
   __device__ __forceinline__ void look_up_units(const Item& item) const {

@@ -125,6 +125,7 @@ template <int kTiles>
 __device__ __forceinline__ void store_units(float (&sums)[kTiles][4], const UnitRow (&rows)[2],
                                             int first, int n, const bool (&mine)[2],
                                             LogitUnit* const (&units)[2]) {
+  static_assert(kTiles % 2 == 0);
   const int lowest = static_cast<int>(threadIdx.x) % 4 * 2;
   if (first + 8 * kTiles > n) {
 #pragma unroll

@@ -1,9 +1,9 @@
 // What the kernels of the sampler (sampling.cu) work with: the order of tokens by likelihood as
-// 64-bit integers, histograms of logits, the draw by the inverse CDF, and, for top-k, top-p and
-// lists of likely tokens, the Selector. It finds where a row is cut in that order: in a sorted list
-// of the row's first tokens, if such a list has been made; else which bin of a histogram, and
-// within the bin by sorting its tokens, if they are few (they are, unless many logits are nearly
-// equal), or by bins of bins. All here runs on a block of 1024 threads.
+// 64-bit integers, histograms of logits, the inverse CDF, and, for top-k, top-p and lists of likely
+// tokens, the Selector. It finds where a row is cut in that order: in a sorted list of the row's
+// first tokens, if such a list has been made; else which bin of a histogram, and within the bin by
+// sorting its tokens, if they are few (they are, unless many logits are nearly equal), or by bins
+// of bins. All here runs on a block of 1024 threads.
 #pragma once
 
 #include <cmath>

@@ -50,11 +50,13 @@ NI_HD inline double philox_uniform(uint64_t seed, uint32_t choice, uint32_t posi
 struct RoundDraws {
   float v[kUnitRounds];
 };
-// Uniform in [0, 1) with 24 bits each.
+// Uniform, the odd ones of 2^24 parts of [0, 1]: never 0, with which a side would win however
+// little it has.
 NI_HD inline RoundDraws philox_rounds(uint64_t seed, uint32_t choice, uint32_t position) {
   const Philox4 r = philox4x32(seed, position, choice, 1, 0);
   RoundDraws draws;
-  for (int i = 0; i < kUnitRounds; ++i) draws.v[i] = static_cast<float>(r.v[i] >> 8) * 0x1.0p-24f;
+  for (int i = 0; i < kUnitRounds; ++i)
+    draws.v[i] = static_cast<float>(r.v[i] >> 8 | 1) * 0x1.0p-24f;
   return draws;
 }
 // Of a side and the one it meets, whose p sums up to `both`.

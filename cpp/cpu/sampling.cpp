@@ -25,7 +25,7 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kGreedyBelow = 1e-5f;
 // Tokens are sorted into bins of 1/64 nat below the maximum, so that only the bin in which top-k or
 // top-p cuts needs sorting. What lies further below than all bins (64 nats: a factor of 1e-28) is
-// not cut: the 53 bits of a draw never reach it.
+// not cut: neither the 53 bits of a draw nor its rounds reach it.
 constexpr int kBins = 4096;
 constexpr float kBinsPerNat = 64;
 constexpr int64_t kChunk = 1024;

@@ -1,7 +1,7 @@
 // Whether a token is the one that core/philox.h says is drawn: told from the token back, in double.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 #include <vector>
 
 #include "core/philox.h"

@@ -266,6 +266,21 @@ TEST_P(SamplingTest, DrawsAsPhiloxSays) {
   EXPECT_LE(right, size_t{201});
 }
 
+// Far below the rest nothing is cut, and nothing drawn: not with the least number that a round may
+// have, as here, where token 9 has all but 1e-30 of its unit.
+TEST_P(SamplingTest, ARoundGivesNothingToATokenThatHasNothing) {
+  std::vector<float> logits(40, -200.0f);
+  logits[9] = 0;
+  logits[0] = -70;
+  logits[1] = -75;
+  SamplingRow row;
+  row.position = 2553129;
+  EXPECT_LT(philox_rounds(0, 0, 2553129).v[0], 1e-7f);
+  EXPECT_EQ(sample_one(logits, row), 9);
+  row.top_k = 2;
+  EXPECT_EQ(sample_one(logits, row), 9);
+}
+
 TEST_P(SamplingTest, TiesKeepExactlyKLowestIds) {
   SamplingRow row;
   row.top_k = 3;

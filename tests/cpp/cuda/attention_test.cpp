@@ -717,6 +717,24 @@ TEST(CudaAttention, DecodeHasTheSameBitsEveryTime) {
 // The inverse: what is seen matters, what is not does not.
 // Decodes of one token, whose q, k and v are still to be normalised, rotated and written: the bits
 // of rope_kv_write() and attention, in the result and in the cache.
+void expect_rotates(const Shape& shape, const std::vector<int32_t>& lengths, int32_t rotary,
+                    bool norms, uint32_t seed) {
+  SCOPED_TRACE(testing::Message() << shape);
+  Scene scene(shape, lengths, seed);
+  const int32_t d = shape.head_dim;
+  const auto random = [&](int64_t n) {
+    return DeviceArray<float>(normal_floats(static_cast<size_t>(n), ++seed));
+  };
+  const DeviceArray<float> cos = random(1000 * std::max(rotary / 2, 1)),
+                           sin = random(1000 * std::max(rotary / 2, 1)), q_norm = random(d),
+                           k_norm = random(d);
+  RopeArgs rope;
+  rope.rotary_dim = rotary;
+  if (rotary > 0) rope.cos = cos.data(), rope.sin = sin.data();
+  if (norms) rope.q_norm.weight = q_norm.data(), rope.k_norm.weight = k_norm.data();
+  scene.expect_fused_rope_is_separate(rope);
+}
+
 TEST(CudaAttention, RotatesAndWritesLikeTheKernelOfItsOwn) {
   std::mt19937 rng(8);
   const auto pick = [&](std::initializer_list<int32_t> of) {
@@ -733,24 +751,29 @@ TEST(CudaAttention, RotatesAndWritesLikeTheKernelOfItsOwn) {
                       pick({16, 48, 64}),
                       pick({0, 0, 2, 100, 300}),
                       0};
-    SCOPED_TRACE(testing::Message() << shape);
     const int32_t d = shape.head_dim, rotary = pick({0, d / 2, d, d});
     std::vector<int32_t> lengths = {1, 17, 64, 65, 257};
     for (int i = 0; i < 4; ++i) lengths.push_back(1 + static_cast<int32_t>(rng() % 900));
-    Scene scene(shape, lengths, static_cast<uint32_t>(500 + round));
-    const auto random = [&](size_t n) {
-      return DeviceArray<float>(normal_floats(n, static_cast<uint32_t>(rng())));
-    };
-    const auto angles = static_cast<size_t>(1000 * std::max(rotary / 2, 1));
-    const DeviceArray<float> cos = random(angles), sin = random(angles),
-                             q_norm = random(static_cast<size_t>(d)),
-                             k_norm = random(static_cast<size_t>(d));
-    RopeArgs rope;
-    rope.rotary_dim = rotary;
-    if (rotary > 0) rope.cos = cos.data(), rope.sin = sin.data();
-    if (rng() % 2 == 0) rope.q_norm.weight = q_norm.data(), rope.k_norm.weight = k_norm.data();
-    scene.expect_fused_rope_is_separate(rope);
+    expect_rotates(shape, lengths, rotary, rng() % 2 == 0, static_cast<uint32_t>(500 + 10 * round));
     if (HasFailure()) return;
+  }
+}
+
+// As many units that every block of a card goes several times through its slots for them; parts of
+// results among them.
+TEST(CudaAttention, HasManyUnitsRotatedAhead) {
+  if (this_card().arch != 90) GTEST_SKIP() << "Hopper's kernel has this";
+  std::mt19937 rng(9);
+  uint32_t seed = 900;
+  for (const Shape& shape : {Shape{16, 8, 128, DType::bf16, false, 16, 0, 0},
+                             Shape{32, 8, 64, DType::f16, false, 16, 0, 0},
+                             Shape{40, 8, 128, DType::bf16, true, 16, 0, 0},
+                             Shape{16, 8, 64, DType::bf16, false, 16, 100, 0}}) {
+    std::vector<int32_t> lengths = {900, 990};
+    for (int i = 0; i < 210; ++i) lengths.push_back(1 + static_cast<int32_t>(rng() % 300));
+    expect_rotates(shape, lengths, shape.head_dim, shape.kv_heads == 8, seed);
+    if (HasFailure()) return;
+    seed += 10;
   }
 }
 

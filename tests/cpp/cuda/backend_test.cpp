@@ -278,6 +278,9 @@ TEST(CudaBackend, TheSamplerTakesSumsOfItsOwnLogitsOnly) {
   }
   EXPECT_EQ(tokens(), first);
   multiply(rows, &in);
+  multiply(other_rows, nullptr);
+  EXPECT_EQ(tokens(), second) << "sums of another product";
+  multiply(rows, &in);
   in.plain_sampling = false;
   if (this_card().arch == 90) {
     EXPECT_THROW(tokens(), std::logic_error);

@@ -169,6 +169,127 @@ class LinearTest : public testing::TestWithParam<DType> {
     check_device(cudaStreamCreate(&stream));
     return stream;
   }();
+
+  // The units of logits that are there, when nothing else is asked for.
+  void expect_same_units(Linear& l, const Rows& x, const Weight& w, const Out& out) {
+    const int64_t m = x.tensor.rows(), n = w.w.spec.out_features;
+    const DeviceArray<SamplingRow> sampling(std::vector<SamplingRow>(static_cast<size_t>(m)));
+    StepInputs inputs;
+    inputs.num_logits = static_cast<int32_t>(m);
+    inputs.sampling = sampling.data();
+    const DeviceArray<StepInputs> step(std::vector<StepInputs>{inputs});
+    const auto count = static_cast<size_t>(m * cuda::logit_units(n));
+    DeviceArray<cuda::LogitUnit> units(count), want(count);
+    units.poison();
+    want.poison();
+    if (!l.run(x.tensor, w.w, {}, out.tensor, nullptr, false, {units.data(), step.data(), 0, true}))
+      return;
+    cuda::sum_up_logits(static_cast<const float*>(out.tensor.data), out.stride, m, n,
+                        {want.data(), step.data(), 0}, nullptr);
+    const auto got = units.read(), right = want.read();
+    EXPECT_EQ(0, std::memcmp(got.data(), right.data(), count * sizeof(got[0]))) << m << " x " << n;
+    EXPECT_TRUE(units.intact());
+  }
+  // What the sampler wants of every 16 logits, as if it had read them itself, and as in double; by
+  // all kernels that make it, beside the logits and alone.
+  void expect_units(int64_t m, int64_t n, int64_t k, uint32_t seed) {
+    constexpr int32_t kFirst = 3;
+    const Weight w(n, k, GetParam(), m % 4 == 0, ++seed, 0.2f);
+    Rows x(m, k, GetParam(), ++seed);
+    if (m > 2) {  // a row of NaN
+      std::fill_n(x.values.begin() + x.stride, k, NAN);
+      if (m > 8) x.values[static_cast<size_t>(3 * x.stride + 1)] = INFINITY;
+      x.memory.fill(x.values);
+    }
+    Out out(m, n, DType::f32);
+    std::vector<SamplingRow> sampled(static_cast<size_t>(kFirst + m));
+    for (size_t r = 0; r < sampled.size(); ++r) {
+      sampled[r].temperature = std::array{0.0f, 0.6f, 1.0f, 7.0f, 0.01f}[r % 5];
+      sampled[r].seed = 77 * r;
+      sampled[r].position = static_cast<int32_t>(r % 11);
+    }
+    const DeviceArray<SamplingRow> sampling(sampled);
+    StepInputs inputs;
+    inputs.num_logits = static_cast<int32_t>(sampled.size());
+    inputs.sampling = sampling.data();
+    const DeviceArray<StepInputs> step(std::vector<StepInputs>{inputs});
+    const auto per_row = static_cast<size_t>(cuda::logit_units(n));
+    DeviceArray<cuda::LogitUnit> units(static_cast<size_t>(m) * per_row),
+        want(static_cast<size_t>(m) * per_row);
+    const auto l = linear(true);
+    DeviceArray<float> norm_weight(normal_floats(static_cast<size_t>(k), ++seed));
+    const NormWeight norm{norm_weight.data(), nullptr};
+    for (const bool normalises : {false, true}) {
+      LinearArgs a;
+      if (normalises) a.norm = &norm;
+      if (normalises && !l->fuses(w.w, a, m)) continue;
+      units.poison();
+      want.poison();
+      const cuda::LogitUnits wanted{units.data(), step.data(), kFirst};
+      const bool made = l->run(x.tensor, w.w, a, out.tensor, nullptr, false, wanted);
+      ASSERT_EQ(made, card_.arch == 90);
+      if (!made) continue;
+      cuda::sum_up_logits(static_cast<const float*>(out.tensor.data), out.stride, m, n,
+                          {want.data(), step.data(), kFirst}, nullptr);
+      EXPECT_TRUE(units.intact() && out.memory.intact());
+      const auto got = units.read(), right = want.read();
+      const auto expect_right = [&](const std::vector<cuda::LogitUnit>& all) {
+        for (size_t i = 0; i < all.size(); ++i)
+          ASSERT_EQ(0, std::memcmp(&all[i], &right[i], sizeof(all[i])))
+              << m << " x " << n << ": row " << i / per_row << " unit " << i % per_row << ", "
+              << all[i].max << " " << all[i].mass() << " " << all[i].choice() << ", not "
+              << right[i].max << " " << right[i].mass() << " " << right[i].choice();
+      };
+      expect_right(got);
+      const std::vector<float> logits = out.memory.read();
+      // Alone, by every kernel that makes them.
+      out.memory.fill(std::vector<float>(logits.size(), 5.0f));
+      const auto expect_alone = [&](const auto& run) {
+        units.poison();
+        run();
+        EXPECT_TRUE(units.intact());
+        expect_right(units.read());
+        for (const float v : out.memory.read()) ASSERT_EQ(v, 5.0f) << "written";
+      };
+      cuda::LogitUnits alone = wanted;
+      alone.only = true;
+      expect_alone(
+          [&] { EXPECT_TRUE(l->run(x.tensor, w.w, a, out.tensor, nullptr, false, alone)); });
+      cuda::SkinnyArgs args = skinny_args(x, w, out);
+      args.units = alone;
+      if (!normalises && cuda::makes_units_large(args, card_))
+        expect_alone([&] { cuda::linear_large_sm90(args, nullptr, card_, nullptr); });
+      for (const size_t r : {size_t{0}, static_cast<size_t>(m) / 2, static_cast<size_t>(m) - 1})
+        for (size_t u = 0; 16 * u < static_cast<size_t>(n); ++u) {
+          const float* z = &logits[r * static_cast<size_t>(out.stride) + 16 * u];
+          const size_t count = std::min<size_t>(16, static_cast<size_t>(n) - 16 * u);
+          double max = -INFINITY;
+          size_t first = 0;  // of the largest
+          for (size_t i = count; i-- > 0;)
+            if (z[i] == z[i] && static_cast<double>(z[i]) >= max)
+              max = static_cast<double>(z[i]), first = i;
+          const SamplingRow& row = sampled[kFirst + r];
+          const auto t = static_cast<double>(row.temperature);
+          const cuda::LogitUnit& unit = got[r * per_row + u];
+          const auto choice = static_cast<size_t>(unit.choice());
+          ASSERT_EQ(static_cast<double>(unit.max), max) << r << " " << u;
+          if (t <= 0 || max == INFINITY) {
+            ASSERT_TRUE(choice == first || max == -INFINITY) << r << " " << u;
+            continue;
+          }
+          std::vector<double> p(count);
+          double mass = 0;
+          for (size_t i = 0; i < count; ++i) {
+            if (z[i] > -INFINITY) p[i] = std::exp((static_cast<double>(z[i]) - max) / t);
+            mass += p[i];
+          }
+          ASSERT_NEAR(static_cast<double>(unit.mass()), mass, 1e-4 * mass + 1e-6) << r << " " << u;
+          if (mass > 0) {
+            ASSERT_TRUE(choice < count && wins_its_unit(p, row, choice, 1e-4)) << r << " " << u;
+          }
+        }
+    }
+  }
 };
 INSTANTIATE_TEST_SUITE_P(Types, LinearTest, testing::Values(DType::bf16, DType::f16),
                          [](const auto& i) { return std::string(dtype_name(i.param)); });
@@ -605,9 +726,7 @@ TEST_P(LinearTest, LogitsHaveTheBitsOfTheOlderKernel) {
   }
 }
 
-// What the sampler wants of every 16 logits, as if it had read them itself, and as in double.
 TEST_P(LinearTest, LogitsComeWithTheirUnits) {
-  constexpr int32_t kFirst = 3;
   uint32_t seed = 170;
   for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{{1, 151936, 64},
                                                                    {1, 128256, 64},
@@ -620,104 +739,23 @@ TEST_P(LinearTest, LogitsComeWithTheirUnits) {
                                                                    {33, 20001, 64},
                                                                    {64, 33790, 64},
                                                                    {100, 17000, 64},
+                                                                   {130, 3009, 576},
                                                                    {150, 16998, 64},
                                                                    {240, 17000, 64},
-                                                                   {256, 30016, 64}}) {
-    const Weight w(n, k, GetParam(), m % 4 == 0, ++seed, 0.2f);
-    Rows x(m, k, GetParam(), ++seed);
-    if (m > 2) {  // a row of NaN
-      std::fill_n(x.values.begin() + x.stride, k, NAN);
-      if (m > 8) x.values[static_cast<size_t>(3 * x.stride + 1)] = INFINITY;
-      x.memory.fill(x.values);
-    }
-    Out out(m, n, DType::f32);
-    std::vector<SamplingRow> sampled(static_cast<size_t>(kFirst + m));
-    for (size_t r = 0; r < sampled.size(); ++r) {
-      sampled[r].temperature = std::array{0.0f, 0.6f, 1.0f, 7.0f, 0.01f}[r % 5];
-      sampled[r].seed = 77 * r;
-      sampled[r].position = static_cast<int32_t>(r % 11);
-    }
-    const DeviceArray<SamplingRow> sampling(sampled);
-    StepInputs inputs;
-    inputs.num_logits = static_cast<int32_t>(sampled.size());
-    inputs.sampling = sampling.data();
-    const DeviceArray<StepInputs> step(std::vector<StepInputs>{inputs});
-    const auto per_row = static_cast<size_t>(cuda::logit_units(n));
-    DeviceArray<cuda::LogitUnit> units(static_cast<size_t>(m) * per_row),
-        want(static_cast<size_t>(m) * per_row);
-    const auto l = linear(true);
-    DeviceArray<float> norm_weight(normal_floats(static_cast<size_t>(k), ++seed));
-    const NormWeight norm{norm_weight.data(), nullptr};
-    for (const bool normalises : {false, true}) {
-      LinearArgs a;
-      if (normalises) a.norm = &norm;
-      if (normalises && !l->fuses(w.w, a, m)) continue;
-      units.poison();
-      want.poison();
-      const cuda::LogitUnits wanted{units.data(), step.data(), kFirst};
-      const bool made = l->run(x.tensor, w.w, a, out.tensor, nullptr, false, wanted);
-      ASSERT_EQ(made, card_.arch == 90);
-      if (!made) continue;
-      cuda::sum_up_logits(static_cast<const float*>(out.tensor.data), out.stride, m, n,
-                          {want.data(), step.data(), kFirst}, nullptr);
-      EXPECT_TRUE(units.intact() && out.memory.intact());
-      const auto got = units.read(), right = want.read();
-      const auto expect_right = [&](const std::vector<cuda::LogitUnit>& all) {
-        for (size_t i = 0; i < all.size(); ++i)
-          ASSERT_EQ(0, std::memcmp(&all[i], &right[i], sizeof(all[i])))
-              << m << " x " << n << ": row " << i / per_row << " unit " << i % per_row << ", "
-              << all[i].max << " " << all[i].mass() << " " << all[i].choice() << ", not "
-              << right[i].max << " " << right[i].mass() << " " << right[i].choice();
-      };
-      expect_right(got);
-      const std::vector<float> logits = out.memory.read();
-      // Alone, by every kernel that makes them.
-      out.memory.fill(std::vector<float>(logits.size(), 5.0f));
-      const auto expect_alone = [&](const auto& run) {
-        units.poison();
-        run();
-        EXPECT_TRUE(units.intact());
-        expect_right(units.read());
-        for (const float v : out.memory.read()) ASSERT_EQ(v, 5.0f) << "written";
-      };
-      cuda::LogitUnits alone = wanted;
-      alone.only = true;
-      expect_alone(
-          [&] { EXPECT_TRUE(l->run(x.tensor, w.w, a, out.tensor, nullptr, false, alone)); });
-      cuda::SkinnyArgs args = skinny_args(x, w, out);
-      args.units = alone;
-      if (!normalises && cuda::makes_units_large(args, card_))
-        expect_alone([&] { cuda::linear_large_sm90(args, nullptr, card_, nullptr); });
-      for (const size_t r : {size_t{0}, static_cast<size_t>(m) / 2, static_cast<size_t>(m) - 1})
-        for (size_t u = 0; 16 * u < static_cast<size_t>(n); ++u) {
-          const float* z = &logits[r * static_cast<size_t>(out.stride) + 16 * u];
-          const size_t count = std::min<size_t>(16, static_cast<size_t>(n) - 16 * u);
-          double max = -INFINITY;
-          size_t first = 0;  // of the largest
-          for (size_t i = count; i-- > 0;)
-            if (z[i] == z[i] && static_cast<double>(z[i]) >= max)
-              max = static_cast<double>(z[i]), first = i;
-          const SamplingRow& row = sampled[kFirst + r];
-          const auto t = static_cast<double>(row.temperature);
-          const cuda::LogitUnit& unit = got[r * per_row + u];
-          const auto choice = static_cast<size_t>(unit.choice());
-          ASSERT_EQ(static_cast<double>(unit.max), max) << r << " " << u;
-          if (t <= 0 || max == INFINITY) {
-            ASSERT_TRUE(choice == first || max == -INFINITY) << r << " " << u;
-            continue;
-          }
-          std::vector<double> p(count);
-          double mass = 0;
-          for (size_t i = 0; i < count; ++i) {
-            if (z[i] > -INFINITY) p[i] = std::exp((static_cast<double>(z[i]) - max) / t);
-            mass += p[i];
-          }
-          ASSERT_NEAR(static_cast<double>(unit.mass()), mass, 1e-4 * mass + 1e-6) << r << " " << u;
-          if (mass > 0) {
-            ASSERT_TRUE(choice < count && wins_its_unit(p, row, choice, 1e-4)) << r << " " << u;
-          }
-        }
-    }
+                                                                   {256, 30016, 64},
+                                                                   {390, 3003, 128}}) {
+    expect_units(m, n, k, seed);
+    seed += 10;
+  }
+}
+
+// As many that each of a card's multiprocessors has several tiles, of each width.
+TEST_P(LinearTest, SoDoManyLogits) {
+  uint32_t seed = 470;
+  for (const auto& [m, n, k] : std::vector<std::array<int64_t, 3>>{
+           {130, 33790, 640}, {255, 40010, 576}, {257, 50000, 128}, {390, 17003, 64}}) {
+    expect_units(m, n, k, seed);
+    seed += 10;
   }
 }
 
@@ -757,6 +795,7 @@ TEST_P(LinearTest, PreparedPlansMatchDouble) {
         const Out out(m, w->w.spec.out_features, out_dtype);
         l->run(x.tensor, w->w, {}, out.tensor, nullptr);
         expect_right(x, *w, out.memory.read(), out.stride, out_dtype);
+        if (w == &head && invariant) expect_same_units(*l, x, *w, out);
         if (HasFailure()) return;
       }
     }
