@@ -224,9 +224,9 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def rounds(seed: int, choice: int, position: int) -> dict[int, float]:
-    """By bit of a token's id, 24 bits of a word, the last one set: in the unit's tournament those meet first that
-    differ in bit 3, then in bit 0, 1 and 2; the side whose bit is 0 wins if the number is less
-    than its share."""
+    """By bit of a token's id, 24 bits of a word, the last one set: in the unit's tournament those
+    meet first that differ in bit 3, then in bit 0, 1 and 2; the side whose bit is 0 wins if the
+    number is less than its share."""
     words = philox4x32(seed, (position, choice, 1, 0))
     return {bit: (word >> 8 | 1) * 2.0**-24 for bit, word in zip((3, 0, 1, 2), words, strict=True)}
 

@@ -1,7 +1,7 @@
 """The sampler against reference.py: the same processing in float64, Philox from its paper and the
-draw that core/philox.h tells of, on every device of this machine. A draw is compared token by token;
-where a random number or a cut lies so close to a boundary that rounding decides, either side is
-right, and that may happen only rarely."""
+draw that core/philox.h tells of, on every device of this machine. A draw is compared token by
+token; where a random number or a cut lies so close to a boundary that rounding decides, either side
+is right, and that may happen only rarely."""
 
 from __future__ import annotations
 
