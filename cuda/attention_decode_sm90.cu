@@ -18,9 +18,9 @@
 // With kRope the warp that counts does what rope_kv.cu does, to the bit, ahead of those that
 // compute (which do so for the first unit): q's rows where they lie, k and v into the cache; and
 // who computes, since the tile that the engine brings has not seen them, into that tile. So nothing
-// of the cache waits for the kernel before. Moves tokens * kv_heads * 2 d elements of the cache and
-// about 3% of that for partial sums; bound by memory bandwidth, by latency where the batch is
-// small.
+// of the cache waits for the kernel before.
+// Moves tokens * kv_heads * 2 d elements of the cache and about 3% of that for partial sums; bound
+// by memory bandwidth, by latency where the batch is small.
 #include "cuda/attention_decode_copier.cuh"
 #include "cuda/attention_decode_counter.cuh"
 #include "cuda/tensor_map.h"

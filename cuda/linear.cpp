@@ -457,6 +457,13 @@ struct Linear::Impl {
                         const Tensor& out) {
     LogitUnits alone = timed_units;
     alone.only = true;
+    const auto args = [&](const LinearWeight& w) {
+      SkinnyArgs a = skinny_args(x, w, out);
+      a.units = alone;
+      return a;
+    };
+    const SkinnyArgs first = args(*weights[0]);
+    if (plan.skinny && !makes_units_large(first, card)) return;  // it leaves out logits by itself
     float best = plan.microseconds / 1000;
     const auto is_best = [&](const auto& make) {
       bool is_less = false;
@@ -466,12 +473,6 @@ struct Linear::Impl {
       }
       return is_less;
     };
-    const auto args = [&](const LinearWeight& w) {
-      SkinnyArgs a = skinny_args(x, w, out);
-      a.units = alone;
-      return a;
-    };
-    const SkinnyArgs first = args(*weights[0]);
     plan.skinny_gates = x.rows() <= skinny_rows(key) && makes_units(first, card) &&
                         is_best([&](const LinearWeight& w) {
                           linear_skinny(args(w), card, stream);
@@ -810,16 +811,16 @@ bool Linear::run(const Tensor& x, const LinearWeight& w, const LinearArgs& a, co
   auto it = impl.plans.find(key);
   if (it == impl.plans.end()) it = impl.plans.emplace(key, impl.plan_untimed(x, w, key, out)).first;
   const Plan& plan = it->second;
-  if (units.only && (plan.large || plan.skinny_gates)) {
+  if (units.only && plan.large) {
     SkinnyArgs args = impl.skinny_args(x, w, out);
     args.settled = settled;
     args.units = units;
-    if (plan.large && makes_units_large(args, impl.card)) {
+    if (makes_units_large(args, impl.card)) {
       linear_large_sm90(args, nullptr, impl.card, stream);
       return true;
     }
-    if (plan.skinny_gates) return multiply(Plan{}, x, out);
   }
+  if (units.only && plan.skinny_gates) return multiply(Plan{}, x, out);
   const bool has_room = plan.rows <= x.rows() + a.spare_rows;
   if (!has_room && impl.options.batch_invariant)  // not compared with so few
     return multiply(Plan{}, x, out);
