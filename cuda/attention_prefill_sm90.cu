@@ -2,13 +2,16 @@
 // 128 query rows, with the arithmetic of attention.cuh, so the same bits as attention_prefill.cu.
 //
 // q, out: [T, heads, d]; K, V: [block][kv head][slot][d]; d is 64 or 128, cache and q of one type.
-// A CTA does one head of one item: warpgroups 0 and 1 compute 64 rows each, a warp of the third
-// loads. Tiles of 64 tokens come by TMA, boxes of 16, 32 or 64 slots x 64 columns, into two rings
-// in shared memory, one of K and one of V, as [d / 64][token][64] with the 128-byte swizzle.
+// A work is one head of one item; a CTA a multiprocessor does several, one after the other.
+// Warpgroups 0 and 1 compute 64 rows each; of the third, one warp brings K and V and one q, and
+// both are ahead with the next work while the last is still computed. Tiles of 64 tokens come by
+// TMA, in boxes of 16, 32 or 64 slots, into two rings in shared memory, one of K and one of V, as
+// [token / 8][d / 64][8][64] with the 128-byte swizzle.
 // The products take q and P from registers; the row sums of P are mma.sync products with ones.
 // While the tensor cores do q K^T of tile i + 1 and P V of tile i for one warpgroup, the other one
 // is at its softmax: they take turns. A CTA reads 32 KB a tile (d = 128), mostly from L2, for
 // 4 * 128 * 64 * 128 operations; tensor cores and exponentials are the bound.
+#include <algorithm>
 #include <numeric>
 
 #include "cuda/attention.cuh"
@@ -26,24 +29,28 @@ constexpr int kWarpgroupRows = 64;  // query rows
 constexpr int kThreads = 3 * kWarpgroup;
 constexpr int kStages = 4;     // tiles in each ring
 constexpr int kAtomCols = 64;  // columns in the 128 bytes that the swizzle permutes
-constexpr int kAtomBytes = kTile * 128;
+constexpr int kAtomRows = 8;
+constexpr int kAtomBytes = kAtomRows * 128;
 static_assert(kPrefillRows == 2 * kWarpgroupRows && kTile == 64);
 
 template <int kDim>
 struct Smem {
-  static constexpr int kKBytes = kDim / kAtomCols * kAtomBytes;
-  static constexpr int kVBytes = kKBytes;
-  static constexpr int kV = kStages * kKBytes;
-  static constexpr int kBarriers = kV + kStages * kVBytes;
+  static constexpr int kGroupBytes = kDim / kAtomCols * kAtomBytes;  // of 8 tokens
+  static constexpr int kTileBytes = kTile / kAtomRows * kGroupBytes;
+  static constexpr int kV = kStages * kTileBytes;
+  static constexpr int kQ = 2 * kStages * kTileBytes;
+  static constexpr int kQRow = 2 * kDim + 16;  // bytes; so far apart rows lie in different banks
+  static constexpr int kBarriers = kQ + kPrefillRows * kQRow;
   static constexpr int kAlign = 1024;  // of a swizzled tile
-  static constexpr int kBytes = kBarriers + (4 * kStages + 1) * 8 + kAlign;
+  static constexpr int kBytes = kBarriers + (4 * kStages + 3) * 8 + kAlign;
 };
 
 // What a launch fixes.
 struct PrefillParams {
   AttnParams attn;
   ScoreScale scale;
-  int32_t box;  // slots that one TMA copy brings
+  int32_t box;        // slots that one TMA copy brings
+  int32_t num_works;  // heads of items
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere the kernel is empty and never launched
@@ -58,19 +65,22 @@ template <int kDim>
 struct Rings {
   uint32_t base;
 
-  __device__ uint32_t k(int stage) const { return base + stage * Smem<kDim>::kKBytes; }
+  __device__ uint32_t k(int stage) const { return base + stage * Smem<kDim>::kTileBytes; }
   __device__ uint32_t v(int stage) const {
-    return base + Smem<kDim>::kV + stage * Smem<kDim>::kVBytes;
+    return base + Smem<kDim>::kV + stage * Smem<kDim>::kTileBytes;
   }
+  __device__ uint32_t q() const { return base + Smem<kDim>::kQ; }
   __device__ uint32_t k_full(int stage) const { return barrier(stage); }
   __device__ uint32_t k_empty(int stage) const { return barrier(kStages + stage); }
   __device__ uint32_t v_full(int stage) const { return barrier(2 * kStages + stage); }
   __device__ uint32_t v_empty(int stage) const { return barrier(3 * kStages + stage); }
   __device__ uint32_t tail() const { return barrier(4 * kStages); }
+  __device__ uint32_t q_full() const { return barrier(4 * kStages + 1); }
+  __device__ uint32_t q_empty() const { return barrier(4 * kStages + 2); }
   __device__ uint32_t barrier(int i) const { return base + Smem<kDim>::kBarriers + 8 * i; }
 };
 
-// -- The work of a block --------------------------------------------------------------------------
+// -- The works of a block -------------------------------------------------------------------------
 
 struct Item {
   int32_t head, kv_head;
@@ -81,12 +91,11 @@ struct Item {
   const int32_t* blocks;
 };
 
-__device__ __forceinline__ Item make_item(const AttnParams& p) {
+__device__ __forceinline__ Item make_item(const AttnParams& p, int32_t index) {
   const StepInputs& in = *p.step;
-  const auto index = static_cast<int32_t>(blockIdx.x) / p.args.num_heads;
-  const AttnItem work = in.prefill_items[index];
+  const AttnItem work = in.prefill_items[index / p.args.num_heads];
   Item item;
-  item.head = static_cast<int32_t>(blockIdx.x) % p.args.num_heads;
+  item.head = index % p.args.num_heads;
   item.kv_head = item.head / (p.args.num_heads / p.kv.num_kv_heads);
   const int32_t begin = in.cu_seqlens_q[work.seq], end = in.cu_seqlens_q[work.seq + 1];
   item.first_row = begin + work.index * kPrefillRows;
@@ -99,16 +108,27 @@ __device__ __forceinline__ Item make_item(const AttnParams& p) {
   return item;
 }
 
+// Longest works come first; in every other round the CTAs take them in the opposite order, so that
+// all have about as much to do.
+template <typename F>
+__device__ __forceinline__ void for_each_work(const PrefillParams& p, const F& f) {
+  const auto ctas = static_cast<int32_t>(gridDim.x), cta = static_cast<int32_t>(blockIdx.x);
+  for (int32_t round = 0; round * ctas < p.num_works; ++round) {
+    const int32_t work = round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
+    if (work < p.num_works) f(make_item(p.attn, work));
+  }
+}
+
 // -- Loading --------------------------------------------------------------------------------------
 
 // Slots beyond the context may hold NaN, and 0 * NaN would spread: rows [from, kTile) become zero.
 template <int kDim>
 __device__ __forceinline__ void zero_values(uint32_t v, int32_t from, int lane) {
   for (int32_t i = from * 8 + lane; i < kTile * 8; i += 32) {
+    const uint32_t row = v + i / 64 * Smem<kDim>::kGroupBytes + i % 64 * 16;
 #pragma unroll
     for (int part = 0; part < kDim / kAtomCols; ++part)
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(v + part * kAtomBytes + 16 * i),
-                   "r"(0)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(row + part * kAtomBytes), "r"(0)
                    : "memory");
   }
   fence_async_proxy();
@@ -116,42 +136,63 @@ __device__ __forceinline__ void zero_values(uint32_t v, int32_t from, int lane) 
 
 // One warp fills both rings; each lane copies at most one box of K and one of V a tile.
 template <int kDim>
-__device__ __forceinline__ void load(const PrefillParams& p, const Item& item,
-                                     const CUtensorMap* k_map, const CUtensorMap* v_map,
-                                     const Rings<kDim>& rings) {
-  constexpr int kParts = kDim / kAtomCols;
-  const int lane = threadIdx.x % 32, part = lane % kParts;
-  const int32_t offset = lane / kParts * p.box;  // of the lane's box in its tile
+__device__ __forceinline__ void load_tiles(const PrefillParams& p, const CUtensorMap* k_map,
+                                           const CUtensorMap* v_map, const Rings<kDim>& rings) {
+  constexpr int kBytes = Smem<kDim>::kTileBytes;
+  const int lane = threadIdx.x % 32;
+  const int32_t offset = lane * p.box;  // of the lane's box in its tile
   const bool copies = offset < kTile;
-  const uint32_t to = part * kAtomBytes + offset * 128;
+  const uint32_t to = offset / kAtomRows * Smem<kDim>::kGroupBytes;
+  const int32_t block_size = p.attn.kv.block_size;
   Place place;
-  for (int32_t tile = item.first_tile; tile <= item.last_tile; ++tile, place.advance(kStages)) {
-    // A box wholly beyond the context has no block of its own: it brings the last one's again.
-    const int32_t token = min(tile * kTile + offset, item.context - 1);
-    const int32_t block = copies ? item.blocks[token / p.attn.kv.block_size] : 0;
-    const int32_t slot = token % p.attn.kv.block_size / p.box * p.box;
+  uint32_t tail_phase = 0;
+  for_each_work(p, [&](const Item& item) {
+    for (int32_t tile = item.first_tile; tile <= item.last_tile; ++tile, place.advance(kStages)) {
+      // A box wholly beyond the context has no block of its own: it brings the last one's again.
+      const int32_t token = min(tile * kTile + offset, item.context - 1);
+      const int32_t block = copies ? item.blocks[token / block_size] : 0;
+      const int32_t slot = token % block_size / p.box * p.box;
+      const int32_t group = (item.kv_head * block_size + slot) / kAtomRows;  // of the block
 
-    wait(rings.k_empty(place.stage), place.phase ^ 1);
-    if (lane == 0) arrive_expecting(rings.k_full(place.stage), Smem<kDim>::kKBytes);
-    __syncwarp();
-    if (copies)
-      copy_box(rings.k(place.stage) + to, k_map, part * kAtomCols, slot, item.kv_head, block,
-               rings.k_full(place.stage));
-
-    const int32_t valid = item.context - tile * kTile;  // only the last tile can lack tokens
-    const uint32_t full = valid < kTile ? rings.tail() : rings.v_full(place.stage);
-    wait(rings.v_empty(place.stage), place.phase ^ 1);
-    if (lane == 0) arrive_expecting(full, Smem<kDim>::kKBytes);
-    __syncwarp();
-    if (copies)
-      copy_box(rings.v(place.stage) + to, v_map, part * kAtomCols, slot, item.kv_head, block, full);
-    if (valid < kTile) {
-      wait(rings.tail(), 0);
-      zero_values<kDim>(rings.v(place.stage), valid, lane);
+      wait(rings.k_empty(place.stage), place.phase ^ 1);
+      if (lane == 0) arrive_expecting(rings.k_full(place.stage), kBytes);
       __syncwarp();
-      if (lane == 0) arrive(rings.v_full(place.stage));
+      if (copies)
+        copy_box(rings.k(place.stage) + to, k_map, 0, 0, 0, group, block,
+                 rings.k_full(place.stage));
+
+      const int32_t valid = item.context - tile * kTile;  // only the last tile can lack tokens
+      const uint32_t full = valid < kTile ? rings.tail() : rings.v_full(place.stage);
+      wait(rings.v_empty(place.stage), place.phase ^ 1);
+      if (lane == 0) arrive_expecting(full, kBytes);
+      __syncwarp();
+      if (copies) copy_box(rings.v(place.stage) + to, v_map, 0, 0, 0, group, block, full);
+      if (valid < kTile) {
+        wait(rings.tail(), tail_phase);
+        tail_phase ^= 1;
+        zero_values<kDim>(rings.v(place.stage), valid, lane);
+        __syncwarp();
+        if (lane == 0) arrive(rings.v_full(place.stage));
+      }
     }
-  }
+  });
+}
+
+// Another brings q, a row a copy.
+template <int kDim, typename T>
+__device__ __forceinline__ void load_queries(const PrefillParams& p, const Rings<kDim>& rings) {
+  const int lane = threadIdx.x % 32;
+  uint32_t phase = 1;
+  for_each_work(p, [&](const Item& item) {
+    wait(rings.q_empty(), phase);
+    phase ^= 1;
+    if (lane == 0) arrive_expecting(rings.q_full(), item.rows * 2 * kDim);
+    __syncwarp();
+    const T* q = static_cast<const T*>(p.attn.q) + item.head * kDim;
+    for (int32_t row = lane; row < item.rows; row += 32)
+      copy_bytes(rings.q() + row * Smem<kDim>::kQRow, q + (item.first_row + row) * p.attn.q_stride,
+                 2 * kDim, rings.q_full());
+  });
 }
 
 // -- Computing ------------------------------------------------------------------------------------
@@ -169,6 +210,7 @@ __device__ __forceinline__ void pass_turn(int warpgroup) {
 template <int kDim, typename T>
 struct Rows {
   static constexpr int kTiles = kDim / 8;  // of 8 columns
+  static constexpr int kGroupBytes = Smem<kDim>::kGroupBytes;
 
   uint32_t q[kDim / 16][4];
   Scores s;
@@ -177,15 +219,17 @@ struct Rows {
   float m[2];                // of the chunk
   float total[kTiles][4], total_m[2], total_l[2];
 
-  // Rows beyond the item's are zero. `row`: the first of the thread's, in the item.
-  __device__ __forceinline__ void init(const AttnParams& args, const Item& item, int row) {
-    const T* from = static_cast<const T*>(args.q) + (item.first_row + row) * args.q_stride +
-                    item.head * kDim + 2 * (threadIdx.x % 4);
+  // Rows beyond the item's are zero. `row`: the first of the thread's, in the item; `smem`: its
+  // warp's rows.
+  __device__ __forceinline__ void init(uint32_t smem, int row, int num_rows) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t from = smem + lane % 16 * Smem<kDim>::kQRow + lane / 16 * 16;
 #pragma unroll
-    for (int i = 0; i < kDim / 4; ++i) {
-      const int below = i % 2 * 8, column = i / 4 * 16 + i / 2 % 2 * 8;
-      const auto* pair = reinterpret_cast<const uint32_t*>(from + below * args.q_stride + column);
-      q[i / 4][i % 4] = row + below < item.rows ? __ldg(pair) : 0;
+    for (int i = 0; i < kDim / 16; ++i) {
+      ldmatrix_x4(q[i], from + 32 * i);
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        if (row + r % 2 * 8 >= num_rows) q[i][r] = 0;
     }
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) total[i / 4][i % 4] = 0;
@@ -209,7 +253,7 @@ struct Rows {
   __device__ __forceinline__ void issue_scores(uint32_t k) {
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i)
-      wgmma_rows<T>(s, q[i], matrix(k + i / 4 * kAtomBytes + i % 4 * 32, 0), i > 0);
+      wgmma_rows<T>(s, q[i], matrix(k + i / 4 * kAtomBytes + i % 4 * 32, 0, kGroupBytes), i > 0);
     wgmma_commit();
   }
 
@@ -217,7 +261,7 @@ struct Rows {
   __device__ __forceinline__ void issue_values(uint32_t v) {
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i)
-      wgmma_columns<T>(o, p[i], matrix(v + i * 16 * 128, kAtomBytes));
+      wgmma_columns<T>(o, p[i], matrix(v + 2 * i * kGroupBytes, kAtomBytes, kGroupBytes));
     wgmma_commit();
   }
 
@@ -306,17 +350,27 @@ __device__ __forceinline__ void softmax(Rows<kDim, T>& rows, const PrefillParams
   }
 }
 
+// Where a warp is in the rings, from one work to the next.
+struct Places {
+  Place k, v;
+  uint32_t q_phase = 0;
+};
+
 template <int kDim, typename T, bool kSoftcap>
 __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item,
-                                        const Rings<kDim>& rings, int warp) {
+                                        const Rings<kDim>& rings, Places& places, int warp) {
   const int warpgroup = warp / 4, lane = threadIdx.x % 32, row = warp * 16 + lane / 4;
   const auto release = [&](uint32_t empty) {
     if (lane == 0) arrive(empty);
   };
+  auto& [k, v, q_phase] = places;
   Rows<kDim, T> rows;
-  rows.init(p.attn, item, row);
+  wait(rings.q_full(), q_phase);
+  q_phase ^= 1;
+  rows.init(rings.q() + warp * 16 * Smem<kDim>::kQRow, row, item.rows);
+  __syncwarp();
+  release(rings.q_empty());
 
-  Place k, v;
   float alpha[2];
   wait(rings.k_full(k.stage), k.phase);
   wgmma_fence();
@@ -374,6 +428,8 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
   rows.add_row_sums();
   wgmma_wait<0>();
   pin(rows.o);
+  release(rings.v_empty(v.stage));
+  v.advance(kStages);
   rows.merge_chunk(rows.m, p.scale.c);
   rows.store(p.attn, item, row);
 }
@@ -392,6 +448,8 @@ __device__ __forceinline__ Rings<kDim> make_rings() {
       init_barrier(rings.v_empty(i), kComputeWarps);
     }
     init_barrier(rings.tail(), 1);
+    init_barrier(rings.q_full(), 1);
+    init_barrier(rings.q_empty(), kComputeWarps);
   }
   fence_async_proxy();
   __syncthreads();
@@ -408,37 +466,44 @@ __global__ void __launch_bounds__(kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const Rings<kDim> rings = make_rings<kDim, T>();
   if (!p.attn.settled) wait_for_previous();
-  const Item item = make_item(p.attn);
+  const Item first = make_item(p.attn, static_cast<int32_t>(blockIdx.x));
+  asm volatile("" ::"r"(first.rows), "l"(first.blocks));  // what it takes comes into the cache
   wait_for_previous();
   let_next_start();
   const int warp = uniform(threadIdx.x / 32);
   if (warp >= kComputeWarps) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (warp == kComputeWarps) load<kDim>(p, item, &k_map, &v_map, rings);
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (warp == kComputeWarps) load_tiles<kDim>(p, &k_map, &v_map, rings);
+    if (warp == kComputeWarps + 1) load_queries<kDim, T>(p, rings);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    compute<kDim, T, kSoftcap>(p, item, rings, warp);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    Places places;
+    for_each_work(
+        p, [&](const Item& item) { compute<kDim, T, kSoftcap>(p, item, rings, places, warp); });
   }
 #endif
 }
 
-// A [blocks][kv heads][slots][d] cache, copied in boxes of `box` slots x 64 columns of one head.
+// A [blocks][kv heads][slots][d] cache, copied in boxes of `box` slots of one head.
 CUtensorMap cache_map(void* data, const KvView& kv, int32_t box) {
   const int64_t block = kv.block_stride > 0 ? kv.block_stride : kv.block_elements();
+  const int64_t row = 2 * int64_t{kv.head_dim}, groups = kv.block_size / kAtomRows;
   return make_tensor_map(
-      "attention", kv.dtype, data, {kv.head_dim, kv.block_size, kv.num_kv_heads, kv.num_blocks},
-      {2 * int64_t{kv.head_dim}, 2 * kv.head_elements(), 2 * block}, {kAtomCols, box, 1, 1});
+      "attention", kv.dtype, data,
+      {kAtomCols, kAtomRows, kv.head_dim / kAtomCols, kv.num_kv_heads * groups, kv.num_blocks},
+      {row, 2 * kAtomCols, kAtomRows * row, 2 * block},
+      {kAtomCols, kAtomRows, kv.head_dim / kAtomCols, box / kAtomRows, 1});
 }
 
 template <int kDim, typename T, bool kSoftcap>
-void launch_prefill(const AttnParams& p, int32_t num_items, cudaStream_t stream) {
+void launch_prefill(const AttnParams& p, int32_t num_items, const Card& card, cudaStream_t stream) {
   const auto kernel = attention_prefill_sm90_kernel<kDim, T, kSoftcap>;
-  const PrefillParams params{p, score_scale(p.args, p.kv.k_scale),
-                             std::gcd(p.kv.block_size, kTile)};
+  const PrefillParams params{p, score_scale(p.args, p.kv.k_scale), std::gcd(p.kv.block_size, kTile),
+                             num_items * p.args.num_heads};
   constexpr size_t kBytes = Smem<kDim>::kBytes;
   allow_smem(kernel, kBytes, "attention_prefill_sm90");
-  launch(kernel, static_cast<unsigned>(num_items * p.args.num_heads), kThreads, kBytes, stream,
-         "attention_prefill_sm90", params, cache_map(p.kv.k, p.kv, params.box),
+  launch(kernel, static_cast<unsigned>(std::min(params.num_works, card.num_sms)), kThreads, kBytes,
+         stream, "attention_prefill_sm90", params, cache_map(p.kv.k, p.kv, params.box),
          cache_map(p.kv.v, p.kv, params.box));
 }
 
@@ -448,17 +513,17 @@ bool attention_prefill_sm90(const AttnParams& p, int32_t num_items, const Card& 
                             cudaStream_t stream) {
   const int32_t dim = p.kv.head_dim;
   if (card.arch != 90 || (dim != 64 && dim != 128) || p.kv.dtype != p.dtype ||
-      p.kv.block_size % 16 != 0)
+      p.kv.block_size % 16 != 0 || !is_aligned(p.q, 2 * p.q_stride))
     return false;
   if (num_items == 0) return true;
   dispatch_16bit(p.dtype, "attention", [&](auto t) {
     using T = decltype(t);
     if (dim == 64) {
-      p.args.softcap > 0 ? launch_prefill<64, T, true>(p, num_items, stream)
-                         : launch_prefill<64, T, false>(p, num_items, stream);
+      p.args.softcap > 0 ? launch_prefill<64, T, true>(p, num_items, card, stream)
+                         : launch_prefill<64, T, false>(p, num_items, card, stream);
     } else {
-      p.args.softcap > 0 ? launch_prefill<128, T, true>(p, num_items, stream)
-                         : launch_prefill<128, T, false>(p, num_items, stream);
+      p.args.softcap > 0 ? launch_prefill<128, T, true>(p, num_items, card, stream)
+                         : launch_prefill<128, T, false>(p, num_items, card, stream);
     }
   });
   return true;

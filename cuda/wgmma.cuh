@@ -36,11 +36,11 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // A matrix in shared memory with the 128-byte swizzle. `across`: bytes between its 128-byte wide
-// parts (used where the contiguous dimension is not the summed one); groups of 8 rows are 1 KB
-// apart.
-__device__ __forceinline__ uint64_t matrix(uint32_t address, uint32_t across) {
-  return uint64_t{1} << 62 | uint64_t{1024 >> 4} << 32 | static_cast<uint64_t>(across >> 4) << 16 |
-         (address & 0x3ffff) >> 4;
+// parts (used where the contiguous dimension is not the summed one); `down`: between groups of 8
+// rows.
+__device__ __forceinline__ uint64_t matrix(uint32_t address, uint32_t across, uint32_t down) {
+  return uint64_t{1} << 62 | static_cast<uint64_t>(down >> 4) << 32 |
+         static_cast<uint64_t>(across >> 4) << 16 | (address & 0x3ffff) >> 4;
 }
 
 template <typename T>
