@@ -39,8 +39,9 @@ struct Smem {
   static constexpr int kTileBytes = kTile / kAtomRows * kGroupBytes;
   static constexpr int kV = kStages * kTileBytes;
   static constexpr int kQ = 2 * kStages * kTileBytes;
-  static constexpr int kQRow = 2 * kDim + 16;  // bytes; so far apart rows lie in different banks
-  static constexpr int kBarriers = kQ + kPrefillRows * kQRow;
+  static constexpr int kRow = 2 * kDim + 16;  // of q or out; so far apart they lie in other banks
+  static constexpr int kOut = kQ + kPrefillRows * kRow;
+  static constexpr int kBarriers = kOut + kPrefillRows * kRow;
   static constexpr int kAlign = 1024;  // of a swizzled tile
   static constexpr int kBytes = kBarriers + (4 * kStages + 3) * 8 + kAlign;
 };
@@ -69,7 +70,10 @@ struct Rings {
   __device__ uint32_t v(int stage) const {
     return base + Smem<kDim>::kV + stage * Smem<kDim>::kTileBytes;
   }
-  __device__ uint32_t q() const { return base + Smem<kDim>::kQ; }
+  __device__ uint32_t q(int row) const { return base + Smem<kDim>::kQ + row * Smem<kDim>::kRow; }
+  __device__ uint32_t out(int row) const {
+    return base + Smem<kDim>::kOut + row * Smem<kDim>::kRow;
+  }
   __device__ uint32_t k_full(int stage) const { return barrier(stage); }
   __device__ uint32_t k_empty(int stage) const { return barrier(kStages + stage); }
   __device__ uint32_t v_full(int stage) const { return barrier(2 * kStages + stage); }
@@ -190,8 +194,8 @@ __device__ __forceinline__ void load_queries(const PrefillParams& p, const Rings
     __syncwarp();
     const T* q = static_cast<const T*>(p.attn.q) + item.head * kDim;
     for (int32_t row = lane; row < item.rows; row += 32)
-      copy_bytes(rings.q() + row * Smem<kDim>::kQRow, q + (item.first_row + row) * p.attn.q_stride,
-                 2 * kDim, rings.q_full());
+      copy_bytes(rings.q(row), q + (item.first_row + row) * p.attn.q_stride, 2 * kDim,
+                 rings.q_full());
   });
 }
 
@@ -215,15 +219,16 @@ struct Rows {
   uint32_t q[kDim / 16][4];
   Scores s;
   uint32_t p[kTile / 16][4];
-  float o[kTiles][4], l[4];  // of the chunk; l[0] and l[2] are the row sums
-  float m[2];                // of the chunk
+  float o[kTiles][4];  // of the chunk, whose first product overwrites it
+  float l[4];          // of the chunk; l[0] and l[2] are the row sums
+  float m[2];          // of the chunk
   float total[kTiles][4], total_m[2], total_l[2];
 
   // Rows beyond the item's are zero. `row`: the first of the thread's, in the item; `smem`: its
   // warp's rows.
   __device__ __forceinline__ void init(uint32_t smem, int row, int num_rows) {
     const int lane = threadIdx.x % 32;
-    const uint32_t from = smem + lane % 16 * Smem<kDim>::kQRow + lane / 16 * 16;
+    const uint32_t from = smem + lane % 16 * Smem<kDim>::kRow + lane / 16 * 16;
 #pragma unroll
     for (int i = 0; i < kDim / 16; ++i) {
       ldmatrix_x4(q[i], from + 32 * i);
@@ -238,13 +243,11 @@ struct Rows {
       total_m[r] = -INFINITY;
       total_l[r] = 0;
     }
-    clear_chunk();
+    clear_sums();
     m[0] = m[1] = -INFINITY;
   }
 
-  __device__ __forceinline__ void clear_chunk() {
-#pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) o[i / 4][i % 4] = 0;
+  __device__ __forceinline__ void clear_sums() {
 #pragma unroll
     for (float& x : l) x = 0;
   }
@@ -257,11 +260,12 @@ struct Rows {
     wgmma_commit();
   }
 
-  // Starts o += p V.
-  __device__ __forceinline__ void issue_values(uint32_t v) {
+  // Starts o += p V; where a chunk begins, o = p V.
+  __device__ __forceinline__ void issue_values(uint32_t v, bool begins) {
 #pragma unroll
     for (int i = 0; i < kTile / 16; ++i)
-      wgmma_columns<T>(o, p[i], matrix(v + 2 * i * kGroupBytes, kAtomBytes, kGroupBytes));
+      wgmma_columns<T>(o, p[i], matrix(v + 2 * i * kGroupBytes, kAtomBytes, kGroupBytes),
+                       i > 0 || !begins);
     wgmma_commit();
   }
 
@@ -302,18 +306,33 @@ struct Rows {
     }
   }
 
-  __device__ __forceinline__ void store(const AttnParams& args, const Item& item, int row) const {
-    T* to = static_cast<T*>(args.out) + (item.first_row + row) * args.out_stride +
-            item.head * kDim + 2 * (threadIdx.x % 4);
+  // By way of a warp's 16 rows of shared memory, `smem`, which it leaves as soon as it can.
+  // `first`: the warp's first row in the item.
+  __device__ __forceinline__ void store(const AttnParams& args, const Item& item, int first,
+                                        uint32_t smem) const {
+    const int lane = threadIdx.x % 32;
+    const float scale[2] = {final_scale(total_l[0], args.kv.v_scale),
+                            final_scale(total_l[1], args.kv.v_scale)};
+    wait_for_reads_of_copies();  // those of the work before
+    __syncwarp();
+    const uint32_t to = smem + lane % 16 * Smem<kDim>::kRow + lane / 16 * 16;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= item.rows) return;
-      const float scale = final_scale(total_l[r], args.kv.v_scale);
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t pairs[4];
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
-        *reinterpret_cast<uint32_t*>(to + 8 * r * args.out_stride + 8 * n) =
-            pack2_out<T>(__fmul_rn(total[n][2 * r], scale), __fmul_rn(total[n][2 * r + 1], scale));
+      for (int i = 0; i < 4; ++i) {
+        const float* x = &total[n + i / 2][i % 2 * 2];
+        pairs[i] = pack2_out<T>(__fmul_rn(x[0], scale[i % 2]), __fmul_rn(x[1], scale[i % 2]));
+      }
+      stmatrix_x4(to + 16 * n, pairs);
     }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane < 16 && first + lane < item.rows)
+      copy_bytes_out(static_cast<T*>(args.out) + (item.first_row + first + lane) * args.out_stride +
+                         item.head * kDim,
+                     smem + lane * Smem<kDim>::kRow, 2 * kDim);
+    commit_copies();
   }
 };
 
@@ -367,7 +386,7 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
   Rows<kDim, T> rows;
   wait(rings.q_full(), q_phase);
   q_phase ^= 1;
-  rows.init(rings.q() + warp * 16 * Smem<kDim>::kQRow, row, item.rows);
+  rows.init(rings.q(warp * 16), row, item.rows);
   __syncwarp();
   release(rings.q_empty());
 
@@ -382,8 +401,13 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
   softmax<kDim, T, kSoftcap>(rows, p, item, row, item.first_tile, alpha);
   rows.pack();
 
+  // The first 64 rows may see one tile less. Then the last turn of their warpgroup has no scores.
+  const int32_t last_position =
+      item.position + min((warpgroup + 1) * kWarpgroupRows, item.rows) - 1;
+  const int32_t last_tile = last_position / kTile;
   if (warpgroup == 1 && item.first_tile < item.last_tile) pass_turn(1);
-  for (int32_t tile = item.first_tile; tile < item.last_tile; ++tile) {
+  bool begins_chunk = true;
+  for (int32_t tile = item.first_tile; tile < last_tile; ++tile) {
     wait(rings.v_full(v.stage), v.phase);  // has come before the next K
     wait(rings.k_full(k.stage), k.phase);
     await_turn(warpgroup);
@@ -392,7 +416,7 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
     pin(rows.p);
     wgmma_fence();
     rows.issue_scores(rings.k(k.stage));
-    rows.issue_values(rings.v(v.stage));
+    rows.issue_values(rings.v(v.stage), begins_chunk);
     if (warpgroup == 0 || tile + 1 < item.last_tile) pass_turn(warpgroup);
 
     rows.add_row_sums();
@@ -413,25 +437,37 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
     v.advance(kStages);
     if (ends_chunk) {
       rows.merge_chunk(chunk_m, p.scale.c);
-      rows.clear_chunk();
+      rows.clear_sums();
     } else {
       rows.scale_chunk(alpha);
     }
+    begins_chunk = ends_chunk;
     rows.pack();
   }
 
   wait(rings.v_full(v.stage), v.phase);
+  const bool has_turn = last_tile < item.last_tile;
+  if (has_turn) await_turn(warpgroup);
   pin(rows.o);
   pin(rows.p);
   wgmma_fence();
-  rows.issue_values(rings.v(v.stage));
+  rows.issue_values(rings.v(v.stage), begins_chunk);
+  if (has_turn) pass_turn(warpgroup);
   rows.add_row_sums();
   wgmma_wait<0>();
   pin(rows.o);
   release(rings.v_empty(v.stage));
   v.advance(kStages);
+  if (has_turn) {  // the others' tile
+    wait(rings.k_full(k.stage), k.phase);
+    release(rings.k_empty(k.stage));
+    k.advance(kStages);
+    wait(rings.v_full(v.stage), v.phase);
+    release(rings.v_empty(v.stage));
+    v.advance(kStages);
+  }
   rows.merge_chunk(rows.m, p.scale.c);
-  rows.store(p.attn, item, row);
+  rows.store(p.attn, item, 16 * warp, rings.out(16 * warp));
 }
 
 template <int kDim, typename T>
@@ -480,6 +516,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Places places;
     for_each_work(
         p, [&](const Item& item) { compute<kDim, T, kSoftcap>(p, item, rings, places, warp); });
+    wait_for_copies();
   }
 #endif
 }
@@ -513,7 +550,8 @@ bool attention_prefill_sm90(const AttnParams& p, int32_t num_items, const Card& 
                             cudaStream_t stream) {
   const int32_t dim = p.kv.head_dim;
   if (card.arch != 90 || (dim != 64 && dim != 128) || p.kv.dtype != p.dtype ||
-      p.kv.block_size % 16 != 0 || !is_aligned(p.q, 2 * p.q_stride))
+      p.kv.block_size % 16 != 0 || !is_aligned(p.q, 2 * p.q_stride) ||
+      !is_aligned(p.out, 2 * p.out_stride))
     return false;
   if (num_items == 0) return true;
   dispatch_16bit(p.dtype, "attention", [&](auto t) {

@@ -109,6 +109,13 @@ __device__ __forceinline__ void prefetch_box(const CUtensorMap* map, int32_t x, 
       "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
       : "memory");
 }
+// Four 8 x 8 matrices of 16 bits from where mma.sync has them, as ldmatrix loads them: lane 8 i + j
+// says where row j of matrix i goes.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 // Consecutive bytes, a multiple of 16, from and to multiples of 16.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int bytes,
                                            uint32_t barrier) {
@@ -117,6 +124,22 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, int by
           "r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
+}
+// The other way. Who wrote there has fenced. A thread's copies end in groups, each with a commit.
+__device__ __forceinline__ void copy_bytes_out(void* to, uint32_t from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// Until shared memory may be written again.
+__device__ __forceinline__ void wait_for_reads_of_copies() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 // -- Clusters of kCluster CTAs, 1 or 2 ------------------------------------------------------------

@@ -76,10 +76,10 @@ __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "C"(TypeName<T>::kText));
 }
 
-// d[64, n] += a[64, 16] b[16, n], n = 64 or 128.
+// d[64, n] = a[64, 16] b[16, n], n = 64 or 128, or with `add` d += ….
 template <typename T>
-__device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const uint32_t (&a)[4],
-                                              uint64_t b) {
+__device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,
+                                              int add) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -95,11 +95,11 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const uint32_t (
         "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),
         "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),
         "+f"(d[7][2]), "+f"(d[7][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1), "C"(TypeName<T>::kText));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "C"(TypeName<T>::kText));
 }
 template <typename T>
-__device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const uint32_t (&a)[4],
-                                              uint64_t b) {
+__device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b,
+                                              int add) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
@@ -123,7 +123,7 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const uint32_t 
         "+f"(d[13][0]), "+f"(d[13][1]), "+f"(d[13][2]), "+f"(d[13][3]), "+f"(d[14][0]),
         "+f"(d[14][1]), "+f"(d[14][2]), "+f"(d[14][3]), "+f"(d[15][0]), "+f"(d[15][1]),
         "+f"(d[15][2]), "+f"(d[15][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(1), "C"(TypeName<T>::kText));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "C"(TypeName<T>::kText));
 }
 
 // d[64, n] = a[64, 16] b[n, 16]^T, both in shared memory at 16 times a and b with the 128-byte
