@@ -163,6 +163,7 @@ class Engine {
   };
 
   void loop();
+  void look_out(std::unique_lock<std::mutex>& lock);
   void drain_inbox();
   bool run_step();
   bool take_turn();
@@ -215,6 +216,7 @@ class Engine {
   mutable std::mutex mutex_;
   std::condition_variable inbox_ready_, outbox_ready_;
   std::vector<InboxItem> inbox_;
+  std::atomic<uint64_t> calls_ = 0;  // that the engine thread may wait for, until now
   std::vector<Output> outbox_;
   std::unordered_set<uint64_t> live_;  // submitted and not done
   EngineStats published_;
