@@ -6,7 +6,8 @@ what vLLM gave for the same work on the same kind of card.
 
 Token ids reach Python, nothing is detokenized; the prefix cache is off and every repetition has
 fresh random prompts. Decode: 128 tokens in; the time of a token is that with 256 out less that with
-1 out, over 255. Prefill: one token out, after one run that is not timed. Requests: 256 of 100 to
+1 out, over 255. Prefill: one token out, each time after a rest and a prompt that is not timed (a
+card that has been busy for a tenth of a second lowers its clocks). Requests: 256 of 100 to
 1024 tokens in and out, temperature 0.6. Times are medians of `--repeats` runs (requests: of one
 run). "invariance" also runs all of it with batch_invariant off, and counts how many tokens of a
 request change beside 63 others. "parts" (needs torch) times what a prefill consists of at least,
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from common import commit, markdown_table, run_requests, save
+from common import REST, commit, markdown_table, run_requests, save
 
 from nano_inference import _core
 from nano_inference.engine_args import default_graph_sizes, plan_cache
@@ -160,8 +161,11 @@ def decode(engine: _core.Engine, prompts: Prompts, repeats: int) -> dict[str, fl
 def prefill(engine: _core.Engine, prompts: Prompts, repeats: int) -> dict[str, float]:
     found = {}
     for count, length in PREFILLS:
-        seconds(engine, prompts(count, length), 1)  # what follows a pause takes longer
-        times = [seconds(engine, prompts(count, length), 1) for _ in range(repeats)]
+        times = []
+        for _ in range(repeats):
+            time.sleep(REST)
+            seconds(engine, prompts(1, length), 1)  # what follows a pause takes longer
+            times.append(seconds(engine, prompts(count, length), 1))
         found[f"prefill {count}x{length}"] = count * length / statistics.median(times)
     return found
 

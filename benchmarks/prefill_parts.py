@@ -9,10 +9,12 @@ slow upload was taken off, a tenth.)"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from common import REST
 from torch import Tensor
 
 from nano_inference import ops
@@ -25,10 +27,12 @@ AHEAD = 4  # times all products before it: after one of Qwen3-0.6B's Python was 
 
 
 def seconds(ahead: Callable[[], None], work: Callable[[], None], repeats: int) -> float:
-    """Of `work` on the card. `ahead` keeps the card busy, and as hot as in an engine, until Python
-    has called all of `work`: its own time does not count."""
+    """Of `work` on the card after a rest, as an engine's prefill is timed. `ahead` keeps the card
+    busy, and as hot as in an engine, until Python has called all of `work`: its own time does not
+    count."""
     times = []
     for _ in range(repeats + 1):
+        time.sleep(REST)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         ahead()
         begin.record()
