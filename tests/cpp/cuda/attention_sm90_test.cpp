@@ -334,6 +334,14 @@ TEST_F(AttentionSm90Test, RefusesWhatItCannotDo) {
   p.kv.head_dim = 128;
   p.kv.dtype = DType::fp8_e4m3;
   EXPECT_FALSE(cuda::attention_prefill_sm90(p, 0, this_card(), nullptr));
+  p.kv.dtype = DType::bf16;
+  for (int64_t cuda::AttnParams::* stride :
+       {&cuda::AttnParams::q_stride, &cuda::AttnParams::out_stride}) {
+    p.*stride = 128 + 4;  // rows of q and out are copied 16 bytes at a time
+    EXPECT_FALSE(cuda::attention_prefill_sm90(p, 0, this_card(), nullptr));
+    p.*stride = 128 + 8;
+    EXPECT_TRUE(cuda::attention_prefill_sm90(p, 0, this_card(), nullptr));
+  }
 }
 
 }  // namespace
