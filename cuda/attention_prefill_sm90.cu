@@ -38,7 +38,7 @@ struct Smem {
   static constexpr int kGroupBytes = kDim / kAtomCols * kAtomBytes;  // of 8 tokens
   static constexpr int kTileBytes = kTile / kAtomRows * kGroupBytes;
   static constexpr int kV = kStages * kTileBytes;
-  static constexpr int kQ = 2 * kStages * kTileBytes;
+  static constexpr int kQ = kV + kStages * kTileBytes;
   static constexpr int kRow = 2 * kDim + 16;  // of q or out; so far apart they lie in other banks
   static constexpr int kOut = kQ + kPrefillRows * kRow;
   static constexpr int kBarriers = kOut + kPrefillRows * kRow;
