@@ -183,6 +183,17 @@ void load_matrices(const Call& c) {
   for (size_t m = 0; m < 4; ++m) c.set(m, result[m]);
 }
 
+void store_matrices(const Call& c) {  // from where load_matrices<false> puts them
+  const uint64_t* all = exchange(bits_of(c.shared(0)));
+  const int row = lane() / 4, column = lane() % 4 * 2;
+  for (size_t m = 0; m < 4; ++m) {
+    const uint32_t two = c.word(1 + m);
+    std::memcpy(from_bits<unsigned char*>(all[8 * m + static_cast<size_t>(row)]) + 2 * column, &two,
+                4);
+  }
+  exchange(0);
+}
+
 void load_words(const Call& c) {  // results, then the address
   if (c.has(".b16")) {
     uint16_t v;
@@ -299,6 +310,10 @@ void copy_bytes(const Call& c) {
   count_bytes(c.shared(3), static_cast<int>(c.word(2)));
 }
 
+void copy_bytes_out(const Call& c) {
+  std::memcpy(c.value<void*>(0), c.shared(1), c.word(2));
+}
+
 // -- All of them ----------------------------------------------------------------------------------
 
 void add_atomically(const Call& c) {
@@ -329,6 +344,7 @@ Instruction find(std::string_view text) {
       {"mma.sync.aligned.m16n8k16.row.col.f32.f16", multiply<false>},
       {"ldmatrix.sync.aligned.m8n8.x4.trans", load_matrices<true>},
       {"ldmatrix.sync.aligned.m8n8.x4.shared", load_matrices<false>},
+      {"stmatrix.sync.aligned.m8n8.x4.shared", store_matrices},
       {"ld.shared", load_words},
       {"st.shared", store_words},
       {"cp.async.cg", copy16},
@@ -345,6 +361,9 @@ Instruction find(std::string_view text) {
       {"cp.async.bulk.prefetch", [](const Call&) {}},
       {"cp.async.bulk.tensor", copy_box},
       {"cp.async.bulk.shared", copy_bytes},
+      {"cp.async.bulk.global", copy_bytes_out},
+      {"cp.async.bulk.commit_group", [](const Call&) {}},
+      {"cp.async.bulk.wait_group", [](const Call&) {}},
       {"bar.sync",
        [](const Call& c) {
          const auto n = c.numbers("bar.sync");
