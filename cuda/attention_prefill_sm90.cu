@@ -387,8 +387,6 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
   wait(rings.q_full(), q_phase);
   q_phase ^= 1;
   rows.init(rings.q(warp * 16), row, item.rows);
-  __syncwarp();
-  release(rings.q_empty());
 
   float alpha[2];
   wait(rings.k_full(k.stage), k.phase);
@@ -398,6 +396,7 @@ __device__ __forceinline__ void compute(const PrefillParams& p, const Item& item
   pin(rows.s);
   release(rings.k_empty(k.stage));
   k.advance(kStages);
+  arrive(rings.q_empty());  // every thread, now that products have used what it has read of q
   softmax<kDim, T, kSoftcap>(rows, p, item, row, item.first_tile, alpha);
   rows.pack();
 
@@ -485,7 +484,7 @@ __device__ __forceinline__ Rings<kDim> make_rings() {
     }
     init_barrier(rings.tail(), 1);
     init_barrier(rings.q_full(), 1);
-    init_barrier(rings.q_empty(), kComputeWarps);
+    init_barrier(rings.q_empty(), 32 * kComputeWarps);
   }
   fence_async_proxy();
   __syncthreads();
