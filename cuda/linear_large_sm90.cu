@@ -13,10 +13,10 @@
 // (The order of work follows the "ping-pong" kernels of CUTLASS 3.)
 #include "cuda/activation.cuh"
 #include "cuda/linear.h"
+#include "cuda/linear_large_qkv.cuh"
 #include "cuda/linear_plan.h"
 #include "cuda/linear_skinny.cuh"
 #include "cuda/logit_units.cuh"
-#include "cuda/rope.cuh"
 #include "cuda/sm90.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/wgmma.cuh"
@@ -34,19 +34,13 @@ enum class Then { gate, rope_64, rope_128, units };
 template <Then kThen>
 constexpr bool kRotates = kThen == Then::rope_64 || kThen == Then::rope_128;
 template <Then kThen>
+constexpr bool kGates = kThen == Then::gate;
+template <Then kThen>
 constexpr int kHeadDim = kThen == Then::rope_64 ? 64 : 128;
-
-struct Rope {
-  const int32_t* positions = nullptr;
-  const int64_t* slot_mapping = nullptr;
-  RopeArgs args;
-  KvView kv;
-  int num_heads = 0;
-};
 
 struct Params {
   SkinnyArgs a;
-  Rope rope;
+  QkvArgs qkv;
   int n;             // columns of the result
   int num_stages;    // of a tile
   int row_tiles;     // as many as CTAs of a cluster have below each other are one
@@ -73,20 +67,15 @@ template <int kColumns>
 struct Memory {
   static constexpr int kStages = large_stages(kColumns), kStageBytes = large_stage_bytes(kColumns);
   static constexpr int kXBytes = kTileRows * 128, kOutBytes = large_out_bytes(kColumns);
-  uint32_t base, out, norms, barriers;
+  uint32_t base, out, barriers;
 
   __device__ explicit Memory(uint32_t begin)
       : base((begin + kSkinnyAlign - 1) / kSkinnyAlign * kSkinnyAlign),
         out(base + kStages * kStageBytes),
-        norms(out + kOutBytes),
-        barriers(norms + kLargeNormBytes) {}
+        barriers(out + kOutBytes) {}
   __device__ __forceinline__ uint32_t stage(int i) const { return base + i * kStageBytes; }
   __device__ __forceinline__ uint32_t full(int i) const { return barriers + 8 * i; }
   __device__ __forceinline__ uint32_t empty(int i) const { return barriers + 8 * (kStages + i); }
-  // Weights of QK-norm: q's, then k's.
-  __device__ __forceinline__ uint32_t norm(bool is_k, int column) const {
-    return norms + (is_k ? kLargeNormBytes / 2 : 0) + 4 * column;
-  }
   // The tensor core is the group's.
   __device__ __forceinline__ uint32_t turn(int group) const {
     return barriers + 8 * (2 * kStages + group);
@@ -106,7 +95,6 @@ __device__ __forceinline__ void copy(const Params& p, const Memory<kColumns>& me
                                      const CUtensorMap* w_map, const CUtensorMap* x_map) {
   using Ring = Memory<kColumns>;
   constexpr int kHalf = kColumns / 2, kHalfBytes = kHalf * 128;
-  constexpr bool kGated = kThen == Then::gate;
   const int rank = cluster_rank<kCluster>(), clusters = static_cast<int>(gridDim.x) / kCluster;
   const int first = static_cast<int>(blockIdx.x) / kCluster;
   prefetch_map(w_map);
@@ -117,8 +105,8 @@ __device__ __forceinline__ void copy(const Params& p, const Memory<kColumns>& me
     const Item item(p, i);
     const int row = first_row<kCluster>(p, item);
     const auto copy_half = [&](int half, int stage, int atom) {
-      const int from = kGated ? half * p.n + item.column_tile * kHalf
-                              : item.column_tile * kColumns + half * kHalf;
+      const int from = kGates<kThen> ? half * p.n + item.column_tile * kHalf
+                                     : item.column_tile * kColumns + half * kHalf;
       const uint32_t to = memory.stage(stage) + Ring::kXBytes + half * kHalfBytes;
       copy_box_to_cluster<kCluster>(to, w_map, kAtom * atom, from, memory.full(stage));
     };
@@ -140,28 +128,21 @@ __device__ __forceinline__ void copy(const Params& p, const Memory<kColumns>& me
 template <typename T, int kColumns, Then kThen, int kCluster>
 struct Group {
   using Ring = Memory<kColumns>;
-  static constexpr bool kGated = kThen == Then::gate;
-  static constexpr int kBlocks = kTileRows / 64, kTiles = kColumns / 8, kHalf = kTiles / 2;
+  static constexpr int kBlocks = kTileRows / 64, kTiles = kColumns / 8;
 
   const Params& p;
   const Ring& memory;
   int group, warp, lane;  // the warp of this group
   float acc[kBlocks][kTiles][4];
-  // Of a rotation.
-  static constexpr int kTurned = kHeadDim<kThen> / 16;  // pairs of half a head's row, in a lane
-  static constexpr int kStored = kHalf / 2;             // vectors of 16 rows that a lane stores
-  // In the cache, in rows of a head from its begin (a layer's blocks lie as far apart as those of
-  // all layers, so elements do not fit 32 bits); -1: a padding row, which is not written.
-  int32_t places[kBlocks][kStored];
-  int32_t positions[4];
-  float2 cos[kTurned], sin[kTurned];
+  QkvRows<T, kHeadDim<kThen>> qkv;
 
   __device__ Group(const Params& params, const Ring& m, int warp_of_all, int my_lane)
       : p(params),
         memory(m),
         group(warp_of_all / kGroupWarps),
         warp(warp_of_all % kGroupWarps),
-        lane(my_lane) {}
+        lane(my_lane),
+        qkv(p.a, p.qkv, memory.out + warp_of_all * qkv.kStagedBytes, lane) {}
 
   // The sums of the group's number `count` (of both groups: 2 count + group), which takes its turn
   // at the tensor core.
@@ -210,76 +191,59 @@ struct Group {
   // vectors. 16-byte chunks change places, so that a warp's rows lie in different banks. --
 
   __device__ __forceinline__ uint32_t staged(int row, int chunk) const {
+    constexpr int kHalf = kTiles / 2;
     const int swap = kHalf % 8 == 0 ? row % 8 : kHalf % 4 == 0 ? row / 2 % 4 : row / 4 % 2;
     return memory.out + ((group * kGroupWarps + warp) * 16 + row) * (16 * kHalf) +
            16 * (chunk ^ swap);
-  }
-  // Two results, as from_float() rounds.
-  static __device__ __forceinline__ uint32_t results(float low, float high) {
-    if constexpr (std::is_same_v<T, __half>)
-      return bits_of_pair<T>(as_float(from_float<T>(low)), as_float(from_float<T>(high)));
-    return bits_of_pair<T>(low, high);
   }
   static __device__ __forceinline__ float2 products(const float* v) {
     return pair_of_bits<T>(bits_of_pair<T>(v[0], v[1]));
   }
   static __device__ __forceinline__ uint32_t gated(const float* gate, const float* other) {
     const float2 g = products(gate), o = products(other);
-    return results(activate<Activation::silu>(g.x) * o.x, activate<Activation::silu>(g.y) * o.y);
+    return rounded_pair<T>(activate<Activation::silu>(g.x) * o.x,
+                           activate<Activation::silu>(g.y) * o.y);
   }
 
   __device__ __forceinline__ void store(const Item& item) {
-    if constexpr (!kGated && !kRotates<kThen>) {
+    if constexpr (!kGates<kThen> && !kRotates<kThen>) {
       store_units_of(item);
     } else {
       if (p.a.bias != nullptr) add_bias(item);
-      if constexpr (kRotates<kThen>) turn(item);
-      store_results(item);
+      if constexpr (kRotates<kThen>) {
+        qkv.store(acc);
+      } else {
+        store_gated(item);
+      }
     }
   }
-  __device__ __forceinline__ void store_results(const Item& item) const {
+  __device__ __forceinline__ void store_gated(const Item& item) const {
+    constexpr int kHalf = kTiles / 2, kStored = kHalf / 2;  // stored: vectors, by a lane
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+    for (int b = 0; b < kBlocks; ++b) {
+      __syncwarp();  // what was there is stored
 #pragma unroll
-      for (int half = 0; half < (kGated ? 1 : 2); ++half) {
-        __syncwarp();  // what was there is stored
+      for (int t = 0; t < kHalf; ++t)
 #pragma unroll
-        for (int t = 0; t < kHalf; ++t)
-#pragma unroll
-          for (int i = 0; i < 4; i += 2) {
-            const float* v = &acc[b][half * kHalf + t][i];
-            uint32_t two;
-            if constexpr (kGated) {
-              two = gated(v, &acc[b][kHalf + t][i]);
-            } else {
-              two = results(v[0], v[1]);
-            }
-            asm volatile(
-                "st.shared.u32 [%0], %1;" ::"r"(staged(lane / 4 + i / 2 * 8, t) + lane % 4 * 4),
-                "r"(two)
-                : "memory");
-          }
-        __syncwarp();
-        if constexpr (kGated) {
-          const int row0 = warp_row(item, b);
-          const int col0 = 8 * kHalf * item.column_tile;
+        for (int i = 0; i < 4; i += 2)
+          asm volatile(
+              "st.shared.u32 [%0], %1;" ::"r"(staged(lane / 4 + i / 2 * 8, t) + lane % 4 * 4),
+              "r"(gated(&acc[b][t][i], &acc[b][kHalf + t][i]))
+              : "memory");
+      __syncwarp();
+      const int row0 = warp_row(item, b);
+      const int col0 = 8 * kHalf * item.column_tile;
 #pragma unroll 2
-          for (int j = 0; j < kStored; ++j) {
-            const int row = stored_row(j), chunk = stored_chunk(j);
-            store_vector(load_staged(row, chunk), row0 + row, col0 + 8 * chunk);
-          }
-        } else {
-          store_heads(item, b, half);
-        }
+      for (int j = 0; j < kStored; ++j) {
+        const int row = (lane + 32 * j) / kHalf, chunk = (lane + 32 * j) % kHalf;
+        store_vector(load_staged(row, chunk), row0 + row, col0 + 8 * chunk);
       }
+    }
   }
-  // The first of a block's 16 rows of x that are this warp's; of them a lane stores kStored
-  // vectors.
+  // The first of a block's 16 rows of x that are this warp's.
   __device__ __forceinline__ int warp_row(const Item& item, int b) const {
     return first_row<kCluster>(p, item) + 64 * b + 16 * warp;
   }
-  __device__ __forceinline__ int stored_row(int j) const { return (lane + 32 * j) / kHalf; }
-  __device__ __forceinline__ int stored_chunk(int j) const { return (lane + 32 * j) % kHalf; }
   __device__ __forceinline__ uint4 load_staged(int row, int chunk) const {
     uint4 bits;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -298,56 +262,24 @@ struct Group {
         if (col + i < p.n) out[i] = reinterpret_cast<const T*>(&bits)[i];
     }
   }
-  // 64 columns, which are of one head: of q to `out`, of k and v into the cache.
-  __device__ __forceinline__ void store_heads(const Item& item, int b, int half) const {
-    constexpr int kDim = kHeadDim<kThen>;
-    const int col = 8 * kHalf * (2 * item.column_tile + half), head = col / kDim;
-    const int kv_head = head - p.rope.num_heads;
-    if (col >= p.n) return;
-    if (kv_head < 0) {
-      T* out = static_cast<T*>(p.a.out) + col + int64_t{warp_row(item, b)} * p.a.out_stride;
-#pragma unroll
-      for (int j = 0; j < kStored; ++j)
-        *reinterpret_cast<uint4*>(out + stored_row(j) * p.a.out_stride + 8 * stored_chunk(j)) =
-            load_staged(stored_row(j), stored_chunk(j));
-      return;
-    }
-    const KvView& kv = p.rope.kv;
-    const bool is_v = kv_head >= kv.num_kv_heads;
-    T* to = static_cast<T*>(is_v ? kv.v : kv.k) + col % kDim +
-            kv.head_offset(0, kv_head - (is_v ? kv.num_kv_heads : 0));
-#pragma unroll
-    for (int j = 0; j < kStored; ++j)
-      if (places[b][j] >= 0)
-        *reinterpret_cast<uint4*>(to + int64_t{kDim} * places[b][j] + 8 * stored_chunk(j)) =
-            load_staged(stored_row(j), stored_chunk(j));
-  }
   __device__ __forceinline__ void add_bias(const Item& item) {
+    constexpr int kStrips = kGates<kThen> ? kTiles / 2 : kTiles;  // of the result
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int half = kGated ? t / kHalf : 0, strip = t - half * kHalf;
-          const int col =
-              8 * ((kGated ? kHalf : kTiles) * item.column_tile + strip) + lane % 4 * 2 + i % 2;
+          const int half = t / kStrips, strip = t % kStrips;
+          const int col = 8 * (kStrips * item.column_tile + strip) + lane % 4 * 2 + i % 2;
           if (col < p.n) acc[b][t][i] = with_bias<T>(p.a, acc[b][t][i], half * p.n + col);
         }
   }
 
-  // -- QK-norm, rotation and cache --
-  // Of a row a lane has the pairs of columns 8 t + lane % 4 * 2, t = 0, 1, …: of a head of 128
-  // those of lane l of rope.cuh, l = 4 t + lane % 4 for t = 0 … 7, of one of 64 likewise half of
-  // them. So additions are made in the order of normalise_head(). A lane has four rows.
-
-  __device__ __forceinline__ int row_of(const Item& item, int r) const {
-    return warp_row(item, r / 2) + r % 2 * 8 + lane / 4;
-  }
   // What memory has for the results is on its way while the products are made.
   __device__ __forceinline__ void look_up(const Item& item) {
     if constexpr (kThen == Then::units) look_up_units(item);
-    if constexpr (kRotates<kThen>) look_up_rotation(item);
+    if constexpr (kRotates<kThen>) qkv.look_up(warp_row(item, 0), item.column_tile);
   }
 
   // -- Units of logits: how its 32 rows are sampled a warp keeps where others have results --
@@ -386,102 +318,6 @@ struct Group {
                   {units, units + 8 * logit_units(p.n)});
     }
   }
-
-  __device__ __forceinline__ void look_up_rotation(const Item& item) {
-    constexpr int kHeads = kColumns / kHeadDim<kThen>;  // of a tile
-    const int head = item.column_tile * kHeads,
-              num_turning = p.rope.num_heads + p.rope.kv.num_kv_heads;
-    if (p.rope.args.cos != nullptr && head < num_turning) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) positions[r] = p.rope.positions[row_of(item, r)];
-      load_angles(0);
-    }
-    if (head + kHeads > p.rope.num_heads) {
-      const KvView& kv = p.rope.kv;
-#pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-        for (int j = 0; j < kStored; ++j) {
-          const int row = warp_row(item, b) + stored_row(j);
-          const auto slot = static_cast<int32_t>(p.rope.slot_mapping[row]);
-          const int32_t block = slot / kv.block_size;
-          const int64_t at = kv.v_offset(block, 0, slot - block * kv.block_size, 0);
-          places[b][j] = slot < 0 ? -1 : static_cast<int32_t>(at / kHeadDim<kThen>);
-        }
-    }
-  }
-  __device__ __forceinline__ void load_angles(int r) {
-    const int64_t at = int64_t{positions[r]} * (kHeadDim<kThen> / 2) + lane % 4 * 2;
-#pragma unroll
-    for (int t = 0; t < kTurned; ++t) {
-      cos[t] = *reinterpret_cast<const float2*>(p.rope.args.cos + at + 8 * t);
-      sin[t] = *reinterpret_cast<const float2*>(p.rope.args.sin + at + 8 * t);
-    }
-  }
-  __device__ __forceinline__ void turn(const Item& item) {
-    constexpr int kDim = kHeadDim<kThen>, kHeads = kColumns / kDim, kPairs = kDim / 8;
-    const RopeArgs& rope = p.rope.args;
-    const int head = item.column_tile * kHeads;
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-#pragma unroll
-      for (int h = 0; h < kHeads; ++h) {
-        if (head + h >= p.rope.num_heads + p.rope.kv.num_kv_heads) break;  // v
-        const bool is_k = head + h >= p.rope.num_heads;
-        float (&sums)[kTiles][4] = acc[r / 2];
-        const int i = r % 2 * 2;
-        float2 v[kPairs];
-#pragma unroll
-        for (int t = 0; t < kPairs; ++t) v[t] = products(&sums[h * kPairs + t][i]);
-        if ((is_k ? rope.k_norm : rope.q_norm).weight != nullptr) {
-          const float factor = head_factor(sum_of_squares(v), kDim, rope.norm_eps);
-#pragma unroll
-          for (int t = 0; t < kPairs; ++t) {
-            float2 w;
-            asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
-                         : "=f"(w.x), "=f"(w.y)
-                         : "r"(memory.norm(is_k, 8 * t + lane % 4 * 2)));
-            v[t].x = __fmul_rn(v[t].x, __fmul_rn(factor, w.x));
-            v[t].y = __fmul_rn(v[t].y, __fmul_rn(factor, w.y));
-          }
-        }
-        if (rope.cos != nullptr) {
-#pragma unroll
-          for (int t = 0; t < kTurned; ++t) {
-            const float2 low = v[t], high = v[t + kTurned];
-            v[t] = rotate_pair(low, high, cos[t], sin[t], false);
-            v[t + kTurned] = rotate_pair(high, low, cos[t], sin[t], true);
-          }
-        }
-#pragma unroll
-        for (int t = 0; t < kPairs; ++t) {
-          sums[h * kPairs + t][i] = v[t].x;
-          sums[h * kPairs + t][i + 1] = v[t].y;
-        }
-      }
-      if (r < 3 && rope.cos != nullptr && head < p.rope.num_heads + p.rope.kv.num_kv_heads)
-        load_angles(r + 1);
-    }
-  }
-  template <int kPairs>
-  static __device__ __forceinline__ float sum_of_squares(const float2 (&v)[kPairs]) {
-    float part[8];
-#pragma unroll
-    for (int t = 0; t < 8; ++t) {
-      part[t] = 0;
-#pragma unroll
-      for (int at = t; at < kPairs; at += 8)
-        part[t] = __fmaf_rn(v[at].y, v[at].y, __fmaf_rn(v[at].x, v[at].x, part[t]));
-    }
-#pragma unroll
-    for (int apart = 4; apart > 0; apart /= 2)
-#pragma unroll
-      for (int t = 0; t < apart; ++t) part[t] = __fadd_rn(part[t], part[t + apart]);
-#pragma unroll
-    for (int apart = 2; apart > 0; apart /= 2)
-      part[0] = __fadd_rn(part[0], __shfl_xor_sync(0xffffffffu, part[0], apart));
-    return part[0];
-  }
 };
 
 #endif
@@ -501,15 +337,6 @@ __global__ void __launch_bounds__(32 * (kComputeWarps + kGroupWarps), 1)
     }
     for (int i = 0; i < kGroups; ++i) init_barrier(memory.turn(i), kGroupWarps);
     fence_async_proxy();
-  }
-  if constexpr (kRotates<kThen>) {
-    constexpr int kDim = kHeadDim<kThen>;
-    const bool is_k = threadIdx.x >= kDim;
-    const float* norm = (is_k ? p.rope.args.k_norm : p.rope.args.q_norm).weight;
-    const int column = threadIdx.x % kDim;
-    if (threadIdx.x < 2 * kDim && norm != nullptr)
-      asm volatile("st.shared.f32 [%0], %1;" ::"r"(memory.norm(is_k, column)), "f"(norm[column])
-                   : "memory");
   }
   synchronise_cluster<kCluster>();
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -538,13 +365,12 @@ __global__ void __launch_bounds__(32 * (kComputeWarps + kGroupWarps), 1)
 }
 
 template <typename T, int kColumns, Then kThen, int kCluster>
-void launch_large(const SkinnyArgs& a, const Rope& rope, const Card& card, cudaStream_t stream) {
-  constexpr bool kGated = kThen == Then::gate;
-  constexpr int kHalf = kColumns / 2, kWidth = kGated ? kHalf : kColumns;
+void launch_large(const SkinnyArgs& a, const QkvArgs& qkv, const Card& card, cudaStream_t stream) {
+  constexpr int kHalf = kColumns / 2, kWidth = kGates<kThen> ? kHalf : kColumns;
   constexpr int kRows = kTileRows * kCluster;
-  const int n = static_cast<int>(kGated ? a.out_features / 2 : a.out_features);
+  const int n = static_cast<int>(kGates<kThen> ? a.out_features / 2 : a.out_features);
   const Params p{a,
-                 rope,
+                 qkv,
                  n,
                  static_cast<int>(a.in_features / kAtom),
                  static_cast<int>((a.rows + kRows - 1) / kRows),
@@ -572,6 +398,8 @@ bool fits(const SkinnyArgs& a, const RopeKvWrite& write) {
   const KvView& kv = write.kv;
   return !a.gated && (kv.head_dim == 64 || kv.head_dim == 128) && kv.dtype == a.dtype &&
          kv.tile() == 1 && (rope.cos == nullptr || rope.rotary_dim == kv.head_dim) &&
+         (rope.q_norm.weight != nullptr) == (rope.k_norm.weight != nullptr) &&
+         (rope.cos != nullptr || rope.q_norm.weight == nullptr) &&
          a.out_features % kv.head_dim == 0 && a.out_features / kv.head_dim > 2 * kv.num_kv_heads &&
          kv.head_offset(1, 0) % kv.head_dim == 0 &&
          kv.head_offset(kv.num_blocks, 0) / kv.head_dim < kLimit &&
@@ -613,7 +441,7 @@ void linear_large_sm90(const SkinnyArgs& a, const RopeKvWrite* rope, const Card&
       if (rope != nullptr) {
         const KvView& kv = rope->kv;
         const int heads = static_cast<int>(a.out_features / kv.head_dim) - 2 * kv.num_kv_heads;
-        const Rope r{rope->in->positions, rope->in->slot_mapping, rope->rope, kv, heads};
+        const QkvArgs r{rope->in->positions, rope->in->slot_mapping, rope->rope, kv, heads};
         if (kv.head_dim == 64)
           return launch_large<T, 128, Then::rope_64, kCluster>(a, r, card, stream);
         return launch_large<T, 128, Then::rope_128, kCluster>(a, r, card, stream);

@@ -251,19 +251,19 @@ inline constexpr int kLargeTileRows = 128;
 inline constexpr int large_stage_bytes(int columns) {
   return (kLargeTileRows + columns) * 128;
 }
-// Where 16 rows of each of 8 warps become results, half of the columns at a time.
+// Where 16 rows of each of 8 warps become results: half of the columns at a time, or, where a head
+// may be rotated, all.
 inline constexpr int large_out_bytes(int columns) {
-  return 8 * 16 * columns;
+  return 8 * 16 * (columns == 128 ? 2 * columns : columns);
 }
-inline constexpr int kLargeNormBytes = 2 * 128 * 4;  // weights of QK-norm
 inline constexpr int large_stages(int columns) {
   constexpr int kMaxSmem = 227 * 1024, kBarriers = 256;
-  return (kMaxSmem - kSkinnyAlign - kLargeNormBytes - kBarriers - large_out_bytes(columns)) /
+  return (kMaxSmem - kSkinnyAlign - kBarriers - large_out_bytes(columns)) /
          large_stage_bytes(columns);
 }
 inline constexpr int large_smem(int columns) {
   return kSkinnyAlign + large_stages(columns) * large_stage_bytes(columns) +
-         large_out_bytes(columns) + kLargeNormBytes + 8 * (2 * large_stages(columns) + 2);
+         large_out_bytes(columns) + 8 * (2 * large_stages(columns) + 2);
 }
 // 128, 160 or 192 rows of W: those with which the busiest cluster is done first. A wide tile reads
 // less for as much arithmetic, which is 5% of the time.

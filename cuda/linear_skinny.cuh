@@ -32,6 +32,13 @@ __device__ __forceinline__ uint32_t bits_of_pair(float low, float high) {
     return reinterpret_cast<const uint32_t&>(two);
   }
 }
+// The same as from_float() rounds.
+template <typename T>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>)
+    return bits_of_pair<T>(as_float(from_float<T>(low)), as_float(from_float<T>(high)));
+  return bits_of_pair<T>(low, high);
+}
 template <typename T>
 __device__ __forceinline__ float2 pair_of_bits(uint32_t bits) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>)

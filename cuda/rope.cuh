@@ -33,9 +33,9 @@ __device__ __forceinline__ void normalise_head(float2 (&v)[kPairs], const float2
 // rotated dimensions before (`upper`) or behind.
 __device__ __forceinline__ float2 rotate_pair(float2 v, float2 other, float2 cos, float2 sin,
                                               bool upper) {
-  const float sign = upper ? 1.0f : -1.0f;
-  return {__fmaf_rn(__fmul_rn(sign, other.x), sin.x, __fmul_rn(v.x, cos.x)),
-          __fmaf_rn(__fmul_rn(sign, other.y), sin.y, __fmul_rn(v.y, cos.y))};
+  const float2 turned = upper ? other : float2{-other.x, -other.y};
+  return {__fmaf_rn(turned.x, sin.x, __fmul_rn(v.x, cos.x)),
+          __fmaf_rn(turned.y, sin.y, __fmul_rn(v.y, cos.y))};
 }
 
 // fp8 (e4m3) rounds to nearest even and saturates.

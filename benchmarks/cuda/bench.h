@@ -155,6 +155,7 @@ struct Bench {
 void bench_rows(Bench& b);
 void bench_linear(Bench& b);
 void bench_skinny(Bench& b);
+void bench_large(Bench& b);
 void bench_decode(Bench& b);
 void bench_prefill(Bench& b);
 void bench_sampler(Bench& b);

@@ -1,6 +1,7 @@
 // What the CUDA kernels reach, beside the ceilings of the card in the same run: the rate of a copy,
 // and that of a large bf16 product. One table a group; --json also writes the numbers to a file.
-//   bench_cuda [--json FILE] [rows|linear|skinny|decode|prefill|sampler|launch …]     default: all
+//   bench_cuda [--json FILE] [rows|linear|skinny|large|decode|prefill|sampler|launch …]
+//   default: all
 //
 // A time is the median over replays of a graph of many calls, over the number of calls, so kernels
 // overlap as they do in a captured step (programmatic dependent launch). Data are random. What a
@@ -61,9 +62,9 @@ struct Group {
   void (*run)(Bench&);
 };
 constexpr Group kGroups[] = {{"rows", bench_rows},       {"linear", bench_linear},
-                             {"skinny", bench_skinny},   {"decode", bench_decode},
-                             {"prefill", bench_prefill}, {"sampler", bench_sampler},
-                             {"launch", bench_launch}};
+                             {"skinny", bench_skinny},   {"large", bench_large},
+                             {"decode", bench_decode},   {"prefill", bench_prefill},
+                             {"sampler", bench_sampler}, {"launch", bench_launch}};
 
 void write_json(const Bench& b, const std::string& path) {
   std::ofstream file(path);
@@ -86,7 +87,7 @@ void run(const std::vector<std::string>& args) {
     check_arg(std::any_of(std::begin(kGroups), std::end(kGroups),
                           [&](const Group& g) { return args[i] == g.name; }),
               "no group ", args[i],
-              "; rows, linear, skinny, decode, prefill, sampler and launch are");
+              "; rows, linear, skinny, large, decode, prefill, sampler and launch are");
     wanted.push_back(args[i]);
   }
   Bench bench;

@@ -605,7 +605,8 @@ TEST_P(LinearTest, LargeRotatesAsRopeKvWrite) {
        std::vector<std::tuple<int64_t, int32_t, bool, bool>>{{131, 128, true, true},
                                                              {128, 64, true, true},
                                                              {300, 64, false, true},
-                                                             {290, 128, true, false}}) {
+                                                             {290, 128, false, false},
+                                                             {261, 64, false, false}}) {
     const int64_t n = (kHeads + 2 * kKvHeads) * d, k = 128;
     const Weight w(n, k, GetParam(), m == 131, ++seed, 0.2f);
     Rows x(m, k, GetParam(), ++seed);
@@ -696,6 +697,13 @@ TEST_P(LinearTest, LargeRotatesAsRopeKvWrite) {
     write.kv.dtype = DType::fp8_e4m3;
     EXPECT_FALSE(cuda::fuses_large(skinny_args(x, w, own), &write, card_));
     write.kv.dtype = GetParam();
+    RopeKvWrite other = write;  // one norm of two, or norms without a rotation
+    other.rope.q_norm.weight = normalises ? nullptr : q_norm.data();
+    EXPECT_FALSE(cuda::fuses_large(skinny_args(x, w, own), &other, card_));
+    other.rope.q_norm.weight = q_norm.data();
+    other.rope.k_norm.weight = k_norm.data();
+    other.rope.cos = nullptr;
+    EXPECT_FALSE(cuda::fuses_large(skinny_args(x, w, own), &other, card_));
     write.kv.block_stride = int64_t{1} << 38;  // places of two blocks do not fit 32 bits
     EXPECT_FALSE(cuda::fuses_large(skinny_args(x, w, own), &write, card_));
   }

@@ -218,6 +218,12 @@ void store_words(const Call& c) {
     std::memcpy(c.shared(0) + 4 * i, &v, 4);
   }
 }
+void store_words_globally(const Call& c) {  // the address, then values
+  for (size_t i = 1; i < c.count; ++i) {
+    const uint32_t v = c.word(i);
+    std::memcpy(c.value<char*>(0) + 4 * (i - 1), &v, 4);
+  }
+}
 
 void copy16(const Call& c) {
   const auto valid = static_cast<size_t>(c.word(2));
@@ -347,6 +353,7 @@ Instruction find(std::string_view text) {
       {"stmatrix.sync.aligned.m8n8.x4.shared", store_matrices},
       {"ld.shared", load_words},
       {"st.shared", store_words},
+      {"st.global", store_words_globally},
       {"cp.async.cg", copy16},
       {"cp.async.commit_group", [](const Call&) {}},
       {"cp.async.wait_group", [](const Call&) {}},
