@@ -6,8 +6,9 @@
 // of rope.cuh, l = 4 t + lane % 4 for t = 0 … 7, of one of 64 likewise half of them. All else is
 // done from shared memory, where 16 lanes have a row, each four columns of the lower half of a head
 // and those that rotate with them: angles come and results leave as whole lines. While one group of
-// warps does this the tensor core is the other's, so it costs nothing as long as it takes no longer
-// than a tile's products; it is issue that it is short of, a warp being alone on its scheduler.
+// warps does this the tensor core is the other's, so it must take no longer than a tile's products:
+// a warp is alone on its scheduler, so instructions count. (So do lines that loads and stores move:
+// the tensor core reads its operands through the same pipe. docs/kernels.md has figures.)
 #pragma once
 
 #include "cuda/linear_skinny.cuh"

@@ -1,5 +1,3 @@
-#include <cmath>
-
 #include "bench.h"
 #include "cuda/linear.h"
 
