@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +236,9 @@ def _listening_port(pid: int) -> int:
     """Of a process that has not said it yet."""
     sockets = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
-        if (found := re.match(r"socket:\[(\d+)\]", os.readlink(fd))) is not None:
-            sockets.add(found.group(1))
+        with suppress(FileNotFoundError):  # loading goes on: a file it read may be closed by now
+            if (found := re.match(r"socket:\[(\d+)\]", os.readlink(fd))) is not None:
+                sockets.add(found.group(1))
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         words = line.split()
         if words[3] == "0A" and words[9] in sockets:
