@@ -222,8 +222,9 @@ def mixed_load(engine: _core.Engine) -> dict[str, float]:
     ]
     seconds(engine, [np.arange(100, dtype=np.int32)], 16)
     begin = time.perf_counter()
-    for i, (prompt, wanted) in enumerate(zip(prompts, params, strict=True)):
-        engine.submit(i, prompt, wanted)
+    engine.submit_all(
+        [(i, *request, 0, "") for i, request in enumerate(zip(prompts, params, strict=True))]
+    )
     done = tokens = 0
     while done < len(prompts):
         for output in engine.wait_outputs(60.0):

@@ -90,9 +90,13 @@ def context(threads: int, device: str) -> dict[str, Any]:
 def run_requests(engine: _core.Engine, requests: list[tuple[np.ndarray, int]]) -> list[list[int]]:
     """Runs (prompt, output length) pairs, greedily, to their end. The engine must be started."""
     tokens: list[list[int]] = [[] for _ in requests]
-    for i, (prompt, length) in enumerate(requests):
-        params = _core.SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-        engine.submit(i, prompt, params)
+    options = {"temperature": 0.0, "ignore_eos": True}
+    engine.submit_all(
+        [
+            (i, prompt, _core.SamplingParams(max_tokens=length, **options), 0, "")
+            for i, (prompt, length) in enumerate(requests)
+        ]
+    )
     done = 0
     while done < len(requests):
         for output in engine.wait_outputs(60.0):

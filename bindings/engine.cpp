@@ -232,6 +232,8 @@ Request make_request(uint64_t id, const py::object& prompt, const SamplingParams
                      int priority, std::string salt) {
   return Request{id, token_ids(prompt), params, priority, std::move(salt)};
 }
+// make_request()'s.
+using SubmitArgs = std::tuple<uint64_t, py::object, SamplingParams, int, std::string>;
 
 }  // namespace
 
@@ -272,6 +274,15 @@ void bind_engine(py::module_& m) {
           },
           py::arg("request_id"), py::arg("prompt_token_ids"), py::arg("params"),
           py::arg("priority") = 0, py::arg("cache_salt") = "")
+      .def(
+          "submit_all",
+          [](Engine& self, const std::vector<SubmitArgs>& requests) {
+            std::vector<Request> all;
+            for (const auto& [id, prompt, params, priority, salt] : requests)
+              all.push_back(make_request(id, prompt, params, priority, salt));
+            self.submit_all(std::move(all));
+          },
+          py::arg("requests"))
       .def(
           "validate",
           [](const Engine& self, const py::object& prompt, const SamplingParams& params) {

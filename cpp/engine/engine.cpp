@@ -149,37 +149,52 @@ void Engine::validate(const Request& request) const {
 }
 
 void Engine::submit(Request request) {
-  InboxItem item;
-  item.arrival = now();
-  const uint64_t id = request.id;
-  const auto reject = [this](const auto& error) {
-    ++published_.received;
-    ++published_.rejected;
+  std::vector<Request> one;
+  one.push_back(std::move(request));
+  submit_all(std::move(one));
+}
+
+void Engine::submit_all(std::vector<Request> requests) {
+  const auto count = static_cast<int>(requests.size());
+  const double arrival = now();
+  const auto reject = [&](const auto& error) {
+    published_.received += requests.size();
+    published_.rejected += requests.size();
     throw error;
   };
   try {
-    validate(request);
+    for (const Request& request : requests) validate(request);
   } catch (const std::invalid_argument& error) {
     const std::lock_guard lock(mutex_);
     reject(error);
   }
-  item.request = std::make_shared<const Request>(std::move(request));
+  std::unordered_set<uint64_t> ids;
+  std::vector<InboxItem> items;
+  for (Request& request : requests) {
+    ids.insert(request.id);
+    items.push_back({std::make_shared<const Request>(std::move(request)), arrival});
+  }
   {
     const std::lock_guard lock(mutex_);
     if (stopping_) reject(std::runtime_error("the engine has been shut down"));
     if (!published_.healthy)
       reject(std::runtime_error("the engine has failed and takes no requests"));
-    if (live_.contains(id))
-      reject(std::invalid_argument(concat("request id ", id, " is already in use")));
+    for (const InboxItem& item : items)
+      if (live_.contains(item.request->id) || ids.erase(item.request->id) == 0)
+        reject(
+            std::invalid_argument(concat("request id ", item.request->id, " is already in use")));
     const int waiting = published_.waiting + inbox_requests_;
-    if (config_.max_waiting > 0 && waiting >= config_.max_waiting)
-      reject(QueueFull(concat("the waiting queue is full: ", waiting,
-                              " requests wait, max_waiting is ", config_.max_waiting)));
-    ++published_.received;
-    ++inbox_requests_;
-    if (live_.empty()) published_.busy_since = item.arrival;
-    live_.insert(id);
-    inbox_.push_back(std::move(item));
+    if (config_.max_waiting > 0 && waiting > config_.max_waiting - count)
+      reject(QueueFull(concat("the waiting queue is full: ", waiting, " requests wait, ",
+                              count > 1 ? concat(count, " come, ") : "", "max_waiting is ",
+                              config_.max_waiting)));
+    published_.received += items.size();
+    inbox_requests_ += count;
+    if (live_.empty() && count > 0) published_.busy_since = arrival;
+    for (InboxItem& item : items) {
+      live_.insert(item.request->id);
+      inbox_.push_back(std::move(item));
+    }
     ++calls_;
   }
   inbox_ready_.notify_one();

@@ -118,9 +118,11 @@ class Engine {
   void shutdown();
 
   // From any thread. submit throws std::invalid_argument, QueueFull, or std::runtime_error when the
-  // engine has stopped. Where num_blocks is 0, both want finish_loading() first.
+  // engine has stopped; submit_all takes all or none, and no step sees only some of them. Where
+  // num_blocks is 0, all want finish_loading() first.
   void validate(const Request& request) const;
   void submit(Request request);
+  void submit_all(std::vector<Request> requests);
   void abort(uint64_t request_id, int choice, FinishReason reason);
   // Waits for outputs; returns none after `timeout` seconds (< 0: never) or when the engine has
   // stopped.

@@ -163,6 +163,13 @@ class Engine:
         cache_salt: str = "",
     ) -> None:
         """Throws ValueError naming the impossible parameter, or QueueFullError."""
+    def submit_all(
+        self,
+        requests: _Sequence[
+            tuple[int, _Sequence[int] | npt.NDArray[np.int32], SamplingParams, int, str]
+        ],
+    ) -> None:
+        """All or none, with submit()'s arguments each: the next step knows all of them."""
     def validate(self, prompt_token_ids: _Sequence[int], params: SamplingParams) -> None: ...
     def abort(self, request_id: int, choice: int = -1, stop: bool = False) -> None:
         """Ends a request, or one choice. stop: a stop string was found; counts as finished."""

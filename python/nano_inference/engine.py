@@ -182,21 +182,31 @@ class LoadedEngine:
 
     def submit(self, request: PreparedRequest) -> RequestState:
         """Hands it to the engine. QueueFullError if max_waiting requests wait already."""
+        self.submit_all([request])
+        return request.state
+
+    def submit_all(self, requests: Sequence[PreparedRequest]) -> None:
+        """Hands them to the engine, all or none: its next step knows all of them."""
         self._check_process()
-        state = request.state
-        self.requests[state.core_id] = state
+        states = [request.state for request in requests]
+        self.requests.update((state.core_id, state) for state in states)
         try:
-            self.core.submit(
-                state.core_id,
-                state.prompt_token_ids,
-                request.core_params,
-                request.priority,
-                request.cache_salt,
+            self.core.submit_all(
+                [
+                    (
+                        r.state.core_id,
+                        r.state.prompt_token_ids,
+                        r.core_params,
+                        r.priority,
+                        r.cache_salt,
+                    )
+                    for r in requests
+                ]
             )
-        except BaseException:  # Ctrl-C may come just after the engine took it
-            self.abort(state)
+        except BaseException:  # Ctrl-C may come just after the engine took them
+            for state in states:
+                self.abort(state)
             raise
-        return state
 
     def apply(self, outputs: Iterable[_core.Output]) -> list[RequestState]:
         """Gives the engine's outputs to their requests; returns those that changed. Outputs of

@@ -169,8 +169,7 @@ class LLM(EngineAccess):
         states = [request.state for request in requests]
         try:
             with self._show_progress(states, use_tqdm):
-                for request in requests:
-                    self._engine.submit(request)
+                self._engine.submit_all(requests)
                 for state in states:
                     while not state.finished:
                         self._pump(state)

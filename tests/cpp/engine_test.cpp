@@ -258,6 +258,64 @@ TEST(BadRequest, IsRefusedAndTheNextOneServed) {
   EXPECT_TRUE(balanced(engine->stats()));
 }
 
+TEST(SubmitAll, TakesAllOrNone) {
+  EngineConfig config = tiny_config();
+  config.max_waiting = 3;
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  const auto requests = [](std::initializer_list<uint64_t> ids) {
+    std::vector<Request> all;
+    for (const uint64_t id : ids) all.push_back(make_request(id, random_prompt(1, 9), 2));
+    return all;
+  };
+  const auto refused = [&](std::vector<Request> all) {
+    return message_of<std::invalid_argument>([&] { engine->submit_all(std::move(all)); });
+  };
+  std::vector<Request> with_bad = requests({1, 2, 3});
+  with_bad[1].prompt[4] = -1;
+  EXPECT_TRUE(contains(refused(with_bad), "prompt[4] is -1"));
+  EXPECT_TRUE(contains(refused(requests({1, 2, 1})), "request id 1 is already in use"));
+  engine->submit_all({});
+  EXPECT_EQ(engine->stats().received, 6u);
+  EXPECT_EQ(engine->stats().rejected, 6u);
+  EXPECT_EQ(engine->stats().waiting, 0);
+
+  engine->submit_all(requests({1, 2}));
+  EXPECT_TRUE(contains(refused(requests({3, 2})), "request id 2 is already in use"));
+  EXPECT_EQ(message_of<QueueFull>([&] { engine->submit_all(requests({3, 4})); }),
+            "the waiting queue is full: 2 requests wait, 2 come, max_waiting is 3");
+  engine->submit_all(requests({3}));
+  EXPECT_EQ(message_of<QueueFull>([&] { engine->submit(requests({4}).front()); }),
+            "the waiting queue is full: 3 requests wait, max_waiting is 3");
+  EXPECT_EQ(engine->stats().waiting, 3);
+  EXPECT_TRUE(balanced(engine->stats()));
+  const Results results = run_all(*engine);
+  EXPECT_EQ(results.size(), 3u);
+  for (const auto& [choice, got] : results) EXPECT_EQ(got.tokens, results.at({1, 0}).tokens);
+  engine->shutdown();
+  EXPECT_TRUE(contains(
+      message_of<std::runtime_error>([&] { engine->submit_all(requests({5, 6})); }), "shut down"));
+  EXPECT_EQ(engine->stats().received, 3u + engine->stats().rejected);
+  EXPECT_TRUE(balanced(engine->stats()));
+}
+
+// The thread is awake between two rounds, or falls asleep: either way it meets all of them.
+TEST(SubmitAll, AStepMeetsAllOfThem) {
+  EngineConfig config = tiny_config();
+  config.max_num_seqs = 8;
+  const std::unique_ptr<Engine> engine = make_engine(config);
+  engine->start();
+  for (uint64_t round = 0; round < 20; ++round) {
+    std::vector<Request> all;
+    for (uint64_t i = 0; i < 8; ++i) all.push_back(make_request(8 * round + i, {1, 2}, 1));
+    const uint64_t before = engine->stats().steps;
+    engine->submit_all(std::move(all));
+    wait_all(*engine, 8);
+    const std::vector<StepRecord> steps = engine->trace(before + 1);
+    ASSERT_EQ(steps.size(), 1u);
+    EXPECT_EQ(steps[0].entries.size(), 8u);
+  }
+}
+
 struct Fault {
   std::string op;
   std::string kind = "error";
