@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from common import REST, commit, markdown_table, run_requests, save
+from common import REST, commit, greedy_requests, markdown_table, run_prepared, run_requests, save
 
 from nano_inference import _core
 from nano_inference.engine_args import default_graph_sizes, plan_cache
@@ -139,8 +139,9 @@ class Prompts:
 
 def seconds(engine: _core.Engine, prompts: list[np.ndarray], length: int) -> float:
     """Of so many greedy tokens a prompt, from the first submit to the last token in Python."""
+    requests = greedy_requests([(prompt, length) for prompt in prompts])
     begin = time.perf_counter()
-    tokens = run_requests(engine, [(prompt, length) for prompt in prompts])
+    tokens = run_prepared(engine, requests)
     took = time.perf_counter() - begin
     assert all(len(ids) == length for ids in tokens)
     return took

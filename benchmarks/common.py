@@ -87,16 +87,24 @@ def context(threads: int, device: str) -> dict[str, Any]:
 # -- Running --------------------------------------------------------------------------------------
 
 
-def run_requests(engine: _core.Engine, requests: list[tuple[np.ndarray, int]]) -> list[list[int]]:
-    """Runs (prompt, output length) pairs, greedily, to their end. The engine must be started."""
-    tokens: list[list[int]] = [[] for _ in requests]
+def greedy_requests(pairs: list[tuple[np.ndarray, int]]) -> list[tuple[Any, ...]]:
+    """submit_all()'s arguments for (prompt, output length) pairs."""
     options = {"temperature": 0.0, "ignore_eos": True}
-    engine.submit_all(
-        [
-            (i, prompt, _core.SamplingParams(max_tokens=length, **options), 0, "")
-            for i, (prompt, length) in enumerate(requests)
-        ]
-    )
+    return [
+        (i, prompt, _core.SamplingParams(max_tokens=length, **options), 0, "")
+        for i, (prompt, length) in enumerate(pairs)
+    ]
+
+
+def run_requests(engine: _core.Engine, pairs: list[tuple[np.ndarray, int]]) -> list[list[int]]:
+    """Runs (prompt, output length) pairs, greedily, to their end. The engine must be started."""
+    return run_prepared(engine, greedy_requests(pairs))
+
+
+def run_prepared(engine: _core.Engine, requests: list[tuple[Any, ...]]) -> list[list[int]]:
+    """Of greedy_requests()."""
+    tokens: list[list[int]] = [[] for _ in requests]
+    engine.submit_all(requests)
     done = 0
     while done < len(requests):
         for output in engine.wait_outputs(60.0):

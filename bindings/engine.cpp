@@ -46,9 +46,8 @@ std::vector<int32_t> token_ids(const py::object& ids) {
     check_arg(array.ndim() == 1 && (kind == 'i' || kind == 'u'),
               "token ids must be a one-dimensional array of integers");
     if (py::isinstance<py::array_t<int32_t>>(array)) {
-      const auto values = py::cast<py::array_t<int32_t>>(array).unchecked<1>();
-      out.reserve(static_cast<size_t>(values.shape(0)));
-      for (py::ssize_t i = 0; i < values.shape(0); ++i) out.push_back(values(i));
+      const auto values = py::cast<py::array_t<int32_t, py::array::c_style>>(array);
+      out.assign(values.data(), values.data() + values.size());
       return out;
     }
     for (const int64_t id : py::cast<std::vector<int64_t>>(array.attr("tolist")())) narrow(id);

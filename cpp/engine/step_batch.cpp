@@ -135,13 +135,7 @@ void StepBatch::add_item(const StepPlan& plan, int index) {
   const ScheduledSequence& item = plan.items[static_cast<size_t>(index)];
   const Sequence& seq = *item.seq;
   const int first_row = static_cast<int>(token_ids_.size());
-  for (int i = 0; i < item.num_query; ++i) {
-    const int position = seq.num_computed + i;
-    const int64_t block = seq.block_table[static_cast<size_t>(position / block_size_)];
-    token_ids_.push_back(token_at(seq, position));
-    positions_.push_back(position);
-    slot_mapping_.push_back(block * block_size_ + position % block_size_);
-  }
+  add_tokens(seq, item.num_query);
   cu_seqlens_q_.push_back(first_row + item.num_query);
   context_lens_.push_back(seq.num_computed + item.num_query);
   std::copy(seq.block_table.begin(), seq.block_table.end(),
@@ -160,6 +154,28 @@ void StepBatch::add_item(const StepPlan& plan, int index) {
   } else {
     for (int s = 0; s < item.num_samples; ++s)
       add_row(seq, index, last_row - (item.num_samples - 1) + s, seq.choice, s);
+  }
+}
+
+// A prompt may be long, and the card waits meanwhile: a block at a time.
+void StepBatch::add_tokens(const Sequence& seq, int count) {
+  const size_t first_row = token_ids_.size(), rows = first_row + static_cast<size_t>(count);
+  token_ids_.resize(rows);
+  positions_.resize(rows);
+  slot_mapping_.resize(rows);
+  int32_t* tokens = token_ids_.data() + first_row;
+  int32_t* positions = positions_.data() + first_row;
+  int64_t* slots = slot_mapping_.data() + first_row;
+  const int end = seq.num_computed + count, known = std::min(end, seq.num_tokens());
+  for (int position = seq.num_computed; position < end;) {
+    const int block = position / block_size_, first = block * block_size_;
+    const int64_t slot = int64_t{seq.block_table[static_cast<size_t>(block)]} * block_size_ - first;
+    for (const int last = std::min(first + block_size_, end); position < last; ++position) {
+      *tokens++ =
+          position < known ? seq.tokens[static_cast<size_t>(position)] : token_at(seq, position);
+      *positions++ = position;
+      *slots++ = slot + position;
+    }
   }
 }
 

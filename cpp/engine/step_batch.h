@@ -60,6 +60,7 @@ class StepBatch {
 
  private:
   void add_item(const StepPlan& plan, int index);
+  void add_tokens(const Sequence& seq, int count);
   void add_row(const Sequence& seq, int item, int query_row, int choice, int num_drafts);
   void add_score(const Sequence& seq, int item, int query_row, int prompt_index);
   void add_mask(SamplingRow& row, const SamplingParams& params);
