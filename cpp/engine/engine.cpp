@@ -89,6 +89,7 @@ RunnerConfig Engine::runner_config(const EngineConfig& config) {
   out.memory_fraction = config.memory_fraction;
   out.graph_sizes = config.graph_sizes;
   out.overlap = config.overlap;
+  out.marks_forward = config.has_card();
   out.max_model_len = config.max_model_len;
   out.max_num_seqs = config.max_num_seqs;
   out.max_num_batched_tokens = config.max_num_batched_tokens;
@@ -213,13 +214,21 @@ void Engine::abort(uint64_t request_id, int choice, FinishReason reason) {
 }
 
 std::vector<Output> Engine::wait_outputs(double timeout) {
+  constexpr double kLongest = 1e9;  // the clock's ticks would overflow at 1e10
+  const bool ends = timeout >= 0 && timeout < kLongest;
+  const double end = ends ? now() + timeout : 0;
   std::unique_lock lock(mutex_);
   const auto ready = [this] { return !outbox_.empty() || stopped_; };
-  constexpr double kLongest = 1e9;  // the clock's ticks would overflow at 1e10
-  if (timeout >= 0 && timeout < kLongest) {
-    outbox_ready_.wait_for(lock, std::chrono::duration<double>(timeout), ready);
-  } else {
-    outbox_ready_.wait(lock, ready);
+  const auto wakes = [&] { return ready() || announced_; };
+  while (true) {
+    if (ends) {
+      outbox_ready_.wait_for(lock, std::chrono::duration<double>(end - now()), wakes);
+    } else {
+      outbox_ready_.wait(lock, wakes);
+    }
+    if (ready() || !announced_) break;
+    announced_ = false;
+    look_out(lock, publications_);
   }
   return std::exchange(outbox_, {});
 }
@@ -242,7 +251,9 @@ void Engine::loop() {
           return stopping_ || (counters_.healthy &&
                                (!inbox_.empty() || scheduler_.has_work() || in_flight_ > 0));
         };
-        if (!is_wanted()) look_out(lock);
+        // A client that waited for the last answer may have another question. (On the CPU backend
+        // the cores are others'.)
+        if (config_.has_card() && !is_wanted()) look_out(lock, calls_);
         inbox_ready_.wait(lock, is_wanted);
         if (stopping_) break;
       }
@@ -254,17 +265,24 @@ void Engine::loop() {
   end_all();
 }
 
-// Awake for a moment longer: a thread that sleeps wakes up a tenth of a millisecond late, and a
-// client that waited for the last answer may have another question. On the CPU backend the cores
-// are others'.
-void Engine::look_out(std::unique_lock<std::mutex>& lock) {
+// Awake until somebody counts, for a moment at most: a thread that sleeps wakes up a tenth of a
+// millisecond late.
+void Engine::look_out(std::unique_lock<std::mutex>& lock, const std::atomic<uint64_t>& count) {
   constexpr double kMoment = 1e-3;  // seconds
-  if (config_.device == "cpu") return;
-  const uint64_t seen = calls_;
+  const uint64_t seen = count;
   lock.unlock();
   const double end = now() + kMoment;
-  while (calls_ == seen && now() < end) std::this_thread::yield();
+  while (count == seen && now() < end) std::this_thread::yield();
   lock.lock();
+}
+
+// Wakes a reader, while the device makes the last logits of a step, for what will be published.
+void Engine::announce() {
+  {
+    const std::lock_guard lock(mutex_);
+    announced_ = true;
+  }
+  outbox_ready_.notify_all();
 }
 
 bool Engine::step() {
@@ -366,6 +384,7 @@ void Engine::finish_step() {
   std::string error = step.error;
   if (step.launched) {
     try {
+      if (runner_.wait_for_forward()) announce();
       result = &runner_.collect();
     } catch (const std::exception& e) {
       error = e.what();
@@ -622,6 +641,8 @@ void Engine::publish() {
     published_.cached_tokens = blocks.prefix_hits;
     published_.blocks = blocks;
     for (const uint64_t id : done_ids_) live_.erase(id);
+    announced_ = false;
+    ++publications_;
     wake = !produced_.empty();
     if (outbox_.empty()) {
       outbox_.swap(produced_);

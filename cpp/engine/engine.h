@@ -50,6 +50,7 @@ struct EngineConfig {
   int trace_capacity = 1024;      // steps; 0: no trace
   bool check_invariants = false;  // after every step
 
+  bool has_card() const { return device != "cpu"; }
   // Slots of a block. Unpaged is one block a sequence: the contiguous reservation of the engines
   // before paging, with all its waste, through the same code.
   int effective_block_size() const { return paged ? block_size : (max_model_len + 15) / 16 * 16; }
@@ -165,7 +166,8 @@ class Engine {
   };
 
   void loop();
-  void look_out(std::unique_lock<std::mutex>& lock);
+  void look_out(std::unique_lock<std::mutex>& lock, const std::atomic<uint64_t>& count);
+  void announce();
   void drain_inbox();
   bool run_step();
   bool take_turn();
@@ -220,7 +222,9 @@ class Engine {
   std::vector<InboxItem> inbox_;
   std::atomic<uint64_t> calls_ = 0;  // that the engine thread may wait for, until now
   std::vector<Output> outbox_;
-  std::unordered_set<uint64_t> live_;  // submitted and not done
+  std::atomic<uint64_t> publications_ = 0;  // that a reader may wait for
+  bool announced_ = false;                  // the next one is about to come
+  std::unordered_set<uint64_t> live_;       // submitted and not done
   EngineStats published_;
   int inbox_requests_ = 0;
   bool stopping_ = false;

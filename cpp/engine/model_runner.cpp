@@ -170,7 +170,12 @@ void ModelRunner::allocate_step_memory() {
   for (size_t i = 0; i < steps_in_flight(config_); ++i) {
     slots_.push_back({StepBatch(config_.block_size, model_.vocab_size, config_.eos_token_ids,
                                 backend_->info().tiling, allocate_host),
-                      backend_->alloc_host(bytes), Buffer(), Buffer(), 0, StepResult()});
+                      backend_->alloc_host(bytes),
+                      Buffer(),
+                      Buffer(),
+                      {},
+                      0,
+                      StepResult()});
     Slot& slot = slots_.back();
     slot.batch.reserve(config_.max_num_batched_tokens, config_.max_num_seqs, max_blocks(config_));
     slot.result.samples.reserve(static_cast<size_t>(sample_capacity_));
@@ -265,14 +270,19 @@ StepInputs ModelRunner::upload(Slot& slot) {
   return in;
 }
 
-void ModelRunner::compute(const StepInputs& in, GraphKey key) {
+// Returns wait_for_forward()'s mark.
+std::optional<uint64_t> ModelRunner::compute(const StepInputs& in, GraphKey key) {
   check_invariant(in.num_logits <= sample_capacity_, "a step has more logits rows than planned");
+  const bool marks = config_.marks_forward && key.rows == 0 && in.num_logits > 0;
+  std::optional<uint64_t> mark;
   const auto step = [&] {
     decoder_->forward(in);
+    if (marks) mark = backend_->mark();
     sample_rows(in);
   };
   // A reference, because a std::function of anything larger would allocate memory.
   backend_->run_step(key, std::ref(step));
+  return mark;
 }
 
 void ModelRunner::sample_rows(const StepInputs& in) {
@@ -290,7 +300,8 @@ void ModelRunner::launch(const StepPlan& plan) {
   slot.batch.build(plan, rows);
   const StepInputs in = upload(slot);
   const bool fits = slot.batch.bytes() <= slot.step_data.bytes();
-  compute(in, {fits ? rows : 0, in.plain_sampling, static_cast<int32_t>(index)});
+  slot.forward_mark =
+      compute(in, {fits ? rows : 0, in.plain_sampling, static_cast<int32_t>(index)});
   download(slot);
   slot.mark = backend_->mark();
   ++in_flight_;
@@ -311,6 +322,13 @@ void ModelRunner::download(Slot& slot) {
   fetch(outputs_.ranks, to.ranks, scores);
   fetch(outputs_.top_ids, to.top_ids, top);
   fetch(outputs_.top_logprobs, to.top_logprobs, top);
+}
+
+bool ModelRunner::wait_for_forward() {
+  check_invariant(in_flight_ > 0, "no step is in flight");
+  const std::optional<uint64_t> mark = slots_[oldest_].forward_mark;
+  if (mark) backend_->wait(*mark);
+  return mark.has_value();
 }
 
 const StepResult& ModelRunner::collect() {

@@ -15,6 +15,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,6 +39,7 @@ struct RunnerConfig {
   std::vector<int32_t> eos_token_ids;
   std::vector<int> graph_sizes;  // numbers of rows to which decode steps are padded; empty: none
   bool overlap = false;
+  bool marks_forward = false;  // wait_for_forward()
 };
 
 struct MemoryPlan {
@@ -76,6 +78,10 @@ class ModelRunner {
 
   // Starts a step. If it throws, nothing more is in flight than before, but discard() must follow.
   void launch(const StepPlan& plan);
+  // Waits until the oldest step in flight has all but logits and samples. False, at once: there is
+  // no telling (marks_forward; a captured step), or there are none. If it throws, discard() must
+  // follow.
+  bool wait_for_forward();
   // Waits for the oldest step in flight. If it throws, discard() must follow.
   const StepResult& collect();
   // Waits until the device is done, whatever comes of it; nothing is in flight any more.
@@ -94,6 +100,7 @@ class ModelRunner {
     Buffer host_data;        // SampleOutputs
     Buffer step_data;        // the uploaded batch; its address never changes
     Buffer large_step_data;  // instead, for one that does not fit into it
+    std::optional<uint64_t> forward_mark;
     uint64_t mark = 0;
     StepResult result;
   };
@@ -104,7 +111,7 @@ class ModelRunner {
   void capture_graphs();
   int graph_rows(const StepPlan& plan) const;
   StepInputs upload(Slot& slot);
-  void compute(const StepInputs& in, GraphKey key);
+  std::optional<uint64_t> compute(const StepInputs& in, GraphKey key);
   void sample_rows(const StepInputs& in);
   void download(Slot& slot);
 

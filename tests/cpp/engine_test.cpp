@@ -405,6 +405,70 @@ INSTANTIATE_TEST_SUITE_P(
                        ::testing::Values("error", "bad_alloc", "logic_error")),
     [](const auto& info) { return std::get<0>(info.param) + "_" + std::get<1>(info.param); });
 
+// -- A reader is woken before a step on a card has ended ----------------------------------------
+
+EngineConfig card_config() {
+  EngineConfig config = tiny_config();
+  config.device = "cuda";  // says so; the backend is another
+  return config;
+}
+
+TEST(Announcement, IsOfStepsWithSamplesThatAreNotCaptured) {
+  const auto waits_of = [](const EngineConfig& config) {
+    int waits = 0;
+    const std::unique_ptr<Engine> engine = make_engine(
+        config,
+        std::make_unique<HookedBackend>([&](std::string_view op) { waits += op == "wait"; }));
+    engine->submit(make_request(1, random_prompt(1, 96), 3));
+    EXPECT_EQ(run_all(*engine).at({1, 0}).tokens.size(), 3u);
+    EXPECT_EQ(engine->stats().steps, 4u);
+    return waits;
+  };
+  EngineConfig config = card_config();
+  config.max_num_seqs = 4;
+  config.max_num_batched_tokens = 48;
+  EXPECT_EQ(waits_of(config), 1 + 2 + 2 + 2);  // half of a prompt, the other, two decodes
+  config.graph_sizes = {1};
+  EXPECT_EQ(waits_of(config), 1 + 2 + 1 + 1);
+  config.device = "cpu";
+  EXPECT_EQ(waits_of(config), 4);
+}
+
+TEST(Announcement, ComesBeforeTheStepEndsAndLosesNothing) {
+  auto door = std::make_shared<Door>();
+  std::atomic<int> waits{0};
+  const std::unique_ptr<Engine> engine =
+      make_engine(card_config(), std::make_unique<HookedBackend>([&, door](std::string_view op) {
+                    if (op == "wait" && ++waits == 2) door->pass();
+                  }));
+  engine->start();
+  engine->submit(make_request(1, random_prompt(1, 20), 2));
+  door->wait_for_somebody();  // announced, and not there yet
+  for (const double timeout : {0.0, 0.0, 2e-3, 5e-3})
+    EXPECT_TRUE(engine->wait_outputs(timeout).empty());
+  door->open();
+  EXPECT_EQ(wait_all(*engine, 1).at({1, 0}).tokens.size(), 2u);
+}
+
+TEST(Announcement, FailsLikeTheStep) {
+  for (const int which : {1, 2}) {  // the forward pass, all of it
+    auto fault = std::make_shared<Fault>();
+    fault->op = "wait";
+    const std::unique_ptr<Engine> engine = make_engine(
+        card_config(),
+        std::make_unique<HookedBackend>([fault](std::string_view op) { (*fault)(op); }));
+    fault->countdown = which;
+    engine->submit(make_request(1, random_prompt(1, 20), 2));
+    const Got failed = run_all(*engine).at({1, 0});
+    EXPECT_EQ(failed.reason, FinishReason::error);
+    EXPECT_TRUE(contains(failed.error, "caught fire")) << failed.error;
+    engine->submit(make_request(1, random_prompt(1, 20), 2));
+    EXPECT_EQ(run_all(*engine).at({1, 0}).tokens.size(), 2u);
+    EXPECT_EQ(engine->stats().failed_steps, 1u);
+    EXPECT_TRUE(balanced(engine->stats()));
+  }
+}
+
 // A device that is lost fails more than the step.
 TEST(LostDevice, EndsEverythingAndRefusesNewWork) {
   for (const bool overlap : {false, true}) {
