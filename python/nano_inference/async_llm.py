@@ -93,15 +93,33 @@ class AsyncLLM(EngineAccess):
     ) -> RequestStream:
         """Submits what engine.prepare() made. For readers of several requests: `wake`, which they
         may share, is set when there is something to poll(), with final_only once all is there."""
+        (stream,) = self.submit_all([prepared], delta=delta, final_only=final_only, wake=wake)
+        return stream
+
+    def submit_all(
+        self,
+        requests: Sequence[PreparedRequest],
+        *,
+        delta: bool = False,
+        final_only: bool = False,
+        wake: asyncio.Event | None = None,
+    ) -> list[RequestStream]:
+        """All or none, with submit()'s options for each; the engine's next step knows all."""
         self._bind_loop()
-        name = prepared.state.request_id
-        if name in self._by_name:
-            raise ValueError(f"request_id {name!r} is already in use")
-        state = self._engine.submit(prepared)
-        event = asyncio.Event() if wake is None else wake
-        self._streams[state.core_id] = _Reader(event, final_only)
-        self._by_name[name] = state
-        return RequestStream(self, state, event, delta)
+        names: set[str] = set()
+        for prepared in requests:
+            name = prepared.state.request_id
+            if name in self._by_name or name in names:
+                raise ValueError(f"request_id {name!r} is already in use")
+            names.add(name)
+        self._engine.submit_all(requests)
+        streams = []
+        for state in (prepared.state for prepared in requests):
+            event = asyncio.Event() if wake is None else wake
+            self._streams[state.core_id] = _Reader(event, final_only)
+            self._by_name[state.request_id] = state
+            streams.append(RequestStream(self, state, event, delta))
+        return streams
 
     def chat(
         self,

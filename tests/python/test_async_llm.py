@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from nano_inference import LLM, AsyncLLM, EngineArgs, QueueFullError, SamplingParams
+from nano_inference.engine import PreparedRequest
 from nano_inference.outputs import RequestOutput
 
 Scenario = Callable[[AsyncLLM], Awaitable[Any]]
@@ -234,6 +235,32 @@ def test_a_full_queue(endless_model_dir: Path) -> None:
             await stream.aclose()
         await idle(llm)
         assert (await last(llm.generate("abc", wild()))).finished
+
+    run(llm, scenario)
+    llm.shutdown()
+
+
+def test_submit_all_takes_all_or_none(endless_model_dir: Path) -> None:
+    llm = start(endless_model_dir, max_num_seqs=1, max_waiting=3)
+
+    async def scenario(llm: AsyncLLM) -> None:
+        def prepared(*names: str) -> list[PreparedRequest]:
+            return [llm.engine.prepare("abc", endless(), request_id=name) for name in names]
+
+        streams = [llm.generate("abc", endless())]
+        await streams[0].__anext__()  # runs
+        streams += llm.submit_all(prepared("a", "b"))
+        with pytest.raises(QueueFullError, match="2 requests wait, 2 come, max_waiting is 3"):
+            llm.submit_all(prepared("c", "d"))
+        for names in (("c", "c"), ("c", "a")):
+            with pytest.raises(ValueError, match=f"request_id '{names[1]}' is already in use"):
+                llm.submit_all(prepared(*names))
+        assert llm.submit_all([]) == []
+        assert len(llm.engine.requests) == 3 and llm.stats["waiting"] == 2
+        streams += llm.submit_all(prepared("c"))
+        for stream in streams:
+            await stream.aclose()
+        await idle(llm)
 
     run(llm, scenario)
     llm.shutdown()

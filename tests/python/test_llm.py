@@ -125,6 +125,15 @@ def test_batch_keeps_order_and_equals_single(llm: LLM) -> None:
         assert alone.outputs == batch[i].outputs
 
 
+def test_the_first_step_knows_all_prompts(llm: LLM) -> None:
+    for _ in range(5):
+        wait_until_idle(llm)
+        before = llm.stats["steps"]
+        llm.generate([f"prompt {i}" for i in range(8)], greedy(max_tokens=1), use_tqdm=False)
+        steps = llm.engine.core.trace(before + 1)
+        assert [len(step["entries"]) for step in steps] == [8]
+
+
 def test_no_prompts(llm: LLM) -> None:
     assert llm.generate([]) == []
     assert llm.chat([]) == []

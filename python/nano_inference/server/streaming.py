@@ -97,24 +97,17 @@ class Exchange:
 
     def _submit(self) -> None:
         try:
-            for request in self._answer.requests:
-                self._streams.append(
-                    self._answer.llm.submit(
-                        request,
-                        delta=self._answer.streams,
-                        final_only=not self._answer.streams,
-                        wake=self._wake,
-                    )
-                )
+            self._streams = self._answer.llm.submit_all(
+                self._answer.requests,
+                delta=self._answer.streams,
+                final_only=not self._answer.streams,
+                wake=self._wake,
+            )
             self._answer.submitted = True
-        except BaseException as error:
-            for stream in self._streams:
-                stream.close()
-            if isinstance(error, QueueFullError):
-                raise queue_full(str(error)) from None
-            if isinstance(error, RuntimeError):  # the engine takes nothing any more
-                raise unavailable(str(error)) from None
-            raise
+        except QueueFullError as error:
+            raise queue_full(str(error)) from None
+        except RuntimeError as error:  # the engine takes nothing any more
+            raise unavailable(str(error)) from None
 
     # -- The supervisor -------------------------------------------------------------------------
 
