@@ -7,7 +7,7 @@ what vLLM gave for the same work on the same kind of card.
 Token ids reach Python, nothing is detokenized; the prefix cache is off and every repetition has
 fresh random prompts. Decode: 128 tokens in; the time of a token is that with 256 out less that with
 1 out, over 255. Prefill: one token out, each time after a rest and a prompt that is not timed (a
-card that has been busy for a tenth of a second lowers its clocks). Requests: 256 of 100 to
+card that has been busy for some 35 to 80 ms lowers its clocks). Requests: 256 of 100 to
 1024 tokens in and out, temperature 0.6. Times are medians of `--repeats` runs (requests: of one
 run). "invariance" also runs all of it with batch_invariant off, and counts how many tokens of a
 request change beside 63 others. "parts" (needs torch) times what a prefill consists of at least,

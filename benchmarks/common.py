@@ -20,7 +20,7 @@ from nano_inference import _core
 HERE = Path(__file__).resolve().parent
 GB = 1e9
 # Seconds for which a card rests before what may be compared with something else: an H200 that has
-# multiplied matrices for 80 ms lowers its clocks, and all takes 8% longer (docs/kernels.md).
+# multiplied matrices for 35 to 80 ms lowers its clocks, and all takes up to 8% longer (docs/kernels.md).
 REST = 0.25
 
 # -- The machine ----------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def run_requests(engine: _core.Engine, pairs: list[tuple[np.ndarray, int]]) -> l
 
 
 def run_prepared(engine: _core.Engine, requests: list[tuple[Any, ...]]) -> list[list[int]]:
-    """Of greedy_requests()."""
+    """run_requests() for what greedy_requests() has made, whose making takes no time here."""
     tokens: list[list[int]] = [[] for _ in requests]
     engine.submit_all(requests)
     done = 0

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 #include <utility>
 
 #include "backend/registry.h"
@@ -170,9 +171,10 @@ void Engine::submit_all(std::vector<Request> requests) {
     reject(error);
   }
   std::unordered_set<uint64_t> ids;
+  std::optional<uint64_t> twice;
   std::vector<InboxItem> items;
   for (Request& request : requests) {
-    ids.insert(request.id);
+    if (!ids.insert(request.id).second) twice = request.id;
     items.push_back({std::make_shared<const Request>(std::move(request)), arrival});
   }
   {
@@ -181,7 +183,7 @@ void Engine::submit_all(std::vector<Request> requests) {
     if (!published_.healthy)
       reject(std::runtime_error("the engine has failed and takes no requests"));
     for (const InboxItem& item : items)
-      if (live_.contains(item.request->id) || ids.erase(item.request->id) == 0)
+      if (item.request->id == twice || live_.contains(item.request->id))
         reject(
             std::invalid_argument(concat("request id ", item.request->id, " is already in use")));
     const int waiting = published_.waiting + inbox_requests_;
@@ -189,13 +191,13 @@ void Engine::submit_all(std::vector<Request> requests) {
       reject(QueueFull(concat("the waiting queue is full: ", waiting, " requests wait, ",
                               count > 1 ? concat(count, " come, ") : "", "max_waiting is ",
                               config_.max_waiting)));
+    live_.reserve(live_.size() + ids.size());
+    inbox_.reserve(inbox_.size() + items.size());  // behind this, nothing throws
+    if (live_.empty() && count > 0) published_.busy_since = arrival;
     published_.received += items.size();
     inbox_requests_ += count;
-    if (live_.empty() && count > 0) published_.busy_since = arrival;
-    for (InboxItem& item : items) {
-      live_.insert(item.request->id);
-      inbox_.push_back(std::move(item));
-    }
+    live_.merge(ids);
+    for (InboxItem& item : items) inbox_.push_back(std::move(item));
     ++calls_;
   }
   inbox_ready_.notify_one();
@@ -229,6 +231,7 @@ std::vector<Output> Engine::wait_outputs(double timeout) {
     if (ready() || !announced_) break;
     announced_ = false;
     look_out(lock, publications_);
+    if (ends && now() >= end) break;
   }
   return std::exchange(outbox_, {});
 }
@@ -642,7 +645,6 @@ void Engine::publish() {
     published_.blocks = blocks;
     for (const uint64_t id : done_ids_) live_.erase(id);
     announced_ = false;
-    ++publications_;
     wake = !produced_.empty();
     if (outbox_.empty()) {
       outbox_.swap(produced_);
@@ -651,6 +653,7 @@ void Engine::publish() {
                      std::make_move_iterator(produced_.end()));
     }
   }
+  ++publications_;  // not under the lock, which whoever looks out wants next
   done_ids_.clear();
   produced_.clear();
   if (wake) outbox_ready_.notify_all();

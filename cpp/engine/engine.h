@@ -125,8 +125,8 @@ class Engine {
   void submit(Request request);
   void submit_all(std::vector<Request> requests);
   void abort(uint64_t request_id, int choice, FinishReason reason);
-  // Waits for outputs; returns none after `timeout` seconds (< 0: never) or when the engine has
-  // stopped.
+  // Waits for outputs; returns none after `timeout` seconds (< 0: never), on a card up to a
+  // millisecond later, or when the engine has stopped.
   std::vector<Output> wait_outputs(double timeout);
   EngineStats stats() const;
   std::vector<StepRecord> trace(uint64_t since) const { return trace_.read(since); }

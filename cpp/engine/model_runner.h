@@ -78,9 +78,9 @@ class ModelRunner {
 
   // Starts a step. If it throws, nothing more is in flight than before, but discard() must follow.
   void launch(const StepPlan& plan);
-  // Waits until the oldest step in flight has all but logits and samples. False, at once: there is
-  // no telling (marks_forward; a captured step), or there are none. If it throws, discard() must
-  // follow.
+  // Waits until the oldest step in flight has all but logits and samples. False, at once: that
+  // cannot be told (marks_forward; a captured step), or it has no logits. If it throws, discard()
+  // must follow.
   bool wait_for_forward();
   // Waits for the oldest step in flight. If it throws, discard() must follow.
   const StepResult& collect();
