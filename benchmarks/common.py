@@ -20,7 +20,8 @@ from nano_inference import _core
 HERE = Path(__file__).resolve().parent
 GB = 1e9
 # Seconds for which a card rests before what may be compared with something else: an H200 that has
-# multiplied matrices for 35 to 80 ms lowers its clocks, and all takes up to 8% longer (docs/kernels.md).
+# multiplied matrices for 35 to 80 ms lowers its clocks, and all takes up to 8% longer
+# (docs/kernels.md).
 REST = 0.25
 
 # -- The machine ----------------------------------------------------------------------------------
