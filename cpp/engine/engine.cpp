@@ -192,7 +192,9 @@ void Engine::submit_all(std::vector<Request> requests) {
                               count > 1 ? concat(count, " come, ") : "", "max_waiting is ",
                               config_.max_waiting)));
     live_.reserve(live_.size() + ids.size());
-    inbox_.reserve(inbox_.size() + items.size());  // behind this, nothing throws
+    const size_t in_all = inbox_.size() + items.size();
+    if (inbox_.capacity() < in_all) inbox_.reserve(2 * in_all);
+    // Behind this, nothing throws.
     if (live_.empty() && count > 0) published_.busy_since = arrival;
     published_.received += items.size();
     inbox_requests_ += count;
